@@ -1,0 +1,112 @@
+"""The compressed layer, and the linear layers of a model that it can stand for."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GfwsvdError
+
+
+class LowRankLinear(nn.Module):
+    """`y = up (down x) + bias`: a linear layer of `rank` inner dimensions, in place of a dense `up @ down`.
+
+    The down factor is the parameter `weight`, so that a reader which takes the layer for a dense one meets a tensor of
+    the wrong shape and stops, instead of filling the model with random numbers.
+
+    Attributes:
+        weight: the down factor, (rank, in_features).
+        up: the up factor, (out_features, rank).
+        bias: (out_features,) or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features, rank) < 1 or rank > min(in_features, out_features):
+            raise GfwsvdError(
+                f"LowRankLinear needs 1 <= rank <= min(in_features, out_features), got rank {rank} "
+                f"for {in_features} -> {out_features}"
+            )
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None = None) -> "LowRankLinear":
+        """The layer of the factors `up (D_OUT, R)` and `down (R, D_IN)`, which it takes as they are."""
+        layer = cls(down.shape[1], up.shape[0], down.shape[0], bias=bias is not None, device="meta")
+        layer.weight, layer.up = nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.weight), self.up, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a plain `nn.Linear`, or GPT-2's `Conv1D`, which holds its weight transposed."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` keeps its weight as (D_IN, D_OUT)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module as (D_OUT, D_IN), a view."""
+    weight = module.weight.detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The linear layers of `model` that compression is about, by module name in the model's order.
+
+    Left out are the output embedding (the language-model head), every layer whose weight another module shares, and
+    the layers whose name one of the regular expressions in `exclude` matches (`re.search`).
+
+    Raises:
+        GfwsvdError: when no linear layer is left, or a pattern is not a regular expression.
+    """
+    try:
+        patterns = [re.compile(pattern) for pattern in exclude]
+    except re.error as error:
+        raise GfwsvdError(f"exclude must hold regular expressions, got {list(exclude)}: {error}") from error
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and len(owners[id(module.weight)]) == 1
+        and not any(pattern.search(name) for pattern in patterns)
+    }
+    if not linears:
+        raise GfwsvdError(
+            f"{type(model).__name__} has no linear layer to compress: expected at least one nn.Linear or Conv1D besides "
+            f"the language-model head{' outside the excluded names' if patterns else ''}"
+        )
+    return linears
