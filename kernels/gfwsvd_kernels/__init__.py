@@ -1,0 +1,9 @@
+"""Kernels of gfwsvd: torch operators with a plain-torch definition and Triton implementations for NVIDIA GPUs.
+
+Importing this package imports torch and nothing heavier: Triton is imported when an operator first meets a CUDA tensor.
+"""
+
+from gfwsvd_kernels.ops import gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step
+from gfwsvd_kernels.reference import symmetrize
+
+__all__ = ["gram_accumulate", "lowrank_linear", "quadratic_form", "sequence_unit_step", "symmetrize"]

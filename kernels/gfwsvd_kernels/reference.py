@@ -1,0 +1,98 @@
+"""Every op in plain torch: its definition, and the fast path on a CPU.
+
+Arguments are taken as checked (`ops.py` does that), so any device works. The work is cut so that one triangle costs
+about half of a full product and the temporaries stay in cache; the sizes below were chosen by measurement
+(docs/kernels.md).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128  # below this width a triangle is computed as a full square
+CHUNK = 1024  # tokens at a time: bounds the scaled, upcast or transformed copies
+
+
+def symmetrize(lower: Tensor) -> Tensor:
+    """The full symmetric matrix whose lower triangle, diagonal included, is that of `lower` (..., D, D).
+
+    The strict upper triangle of `lower` is never used, so it may hold anything, NaN too. Any dtype; returns a new
+    tensor. The two halves of the result are equal bit for bit.
+    """
+    if lower.ndim < 2 or lower.shape[-1] != lower.shape[-2]:
+        raise ValueError(f"lower must be (..., D, D), got {tuple(lower.shape)}")
+    return lower.tril() + lower.tril(-1).mT
+
+
+def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
+    for t in range(0, x.shape[0], CHUNK):
+        rows = slice(t, t + CHUNK)
+        left = x[rows].to(out.dtype)
+        right = left if other is None else other[rows].to(out.dtype)
+        if weight is not None:
+            # sqrt(w) on both sides: what is summed stays a Gram matrix however the products are rounded
+            root = weight[rows, None].sqrt()
+            left, right = (left * root,) * 2 if other is None else (left * root, right * root)
+        _add_lower_product(out, left, right)
+
+
+def _add_lower_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Lower triangle of out += that of leftᵀ right: one rectangle by GEMM, then the two triangles beside it."""
+    width = out.shape[0]
+    if width <= BLOCK:
+        out += (left.mT @ right).tril_()  # adds an exact zero above the diagonal
+        return
+    half = (width // 2 + 15) // 16 * 16
+    out[half:, :half].addmm_(left[:, half:].mT, right[:, :half])
+    _add_lower_product(out[:half, :half], left[:, :half], right[:, :half])
+    _add_lower_product(out[half:, half:], left[:, half:], right[:, half:])
+
+
+def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
+    q = x.new_zeros(x.shape[0], dtype=A.dtype)
+    for i in range(0, A.shape[0], BLOCK):
+        j = min(i + BLOCK, A.shape[0])
+        rows = A[i:j, :j].tril(i) + A[i:j, :j].tril(i - 1)  # rows i:j of 2 tril(A, -1) + diag(A)
+        for t in range(0, x.shape[0], CHUNK):
+            chunk = x[t : t + CHUNK, :j].to(A.dtype)
+            q[t : t + CHUNK] += (chunk @ rows.mT).mul_(chunk[:, i:j]).sum(1)
+    return q
+
+
+def sequence_unit_step(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seqlens: Tensor) -> None:
+    metric = None if A is None else symmetrize(A)
+    offsets = cu_seqlens.tolist()
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        if start < stop:
+            xs, gs = x[start:stop].to(out.dtype), g[start:stop].to(out.dtype)
+            in_token_space = token_space_is_cheaper(stop - start, xs.shape[1], gs.shape[1], metric is not None)
+            (_add_in_token_space if in_token_space else _add_in_feature_space)(out, xs, gs, metric)
+
+
+def token_space_is_cheaper(num_tokens: int, d_in: int, d_out: int, has_metric: bool) -> bool:
+    """Compare the multiply-adds of gᵀ(K g), K = x A xᵀ, with those of (G A) Gᵀ, G = gᵀx, for one sequence."""
+    token_space = num_tokens * (has_metric * d_in**2 + num_tokens * (d_in // 2 + d_out) + d_out**2 // 2)
+    feature_space = d_out * d_in * (num_tokens + has_metric * d_in + d_out // 2)
+    return token_space <= feature_space
+
+
+def _add_in_feature_space(out: Tensor, x: Tensor, g: Tensor, metric: Tensor | None) -> None:
+    G = g.mT @ x
+    gram_accumulate(out, G.mT, other=None if metric is None else (G @ metric).mT)
+
+
+def _add_in_token_space(out: Tensor, x: Tensor, g: Tensor, metric: Tensor | None) -> None:
+    y = x if metric is None else x @ metric
+    e = torch.zeros_like(g)  # K g, K being formed in row blocks of its lower triangle
+    for i in range(0, x.shape[0], CHUNK):
+        j = min(i + CHUNK, x.shape[0])
+        if i:
+            K = y[i:j] @ x[:i].mT
+            e[i:j] += K @ g[:i]
+            e[:i] += K.mT @ g[i:j]
+        e[i:j] += (y[i:j] @ x[i:j].mT) @ g[i:j]
+    gram_accumulate(out, g, other=e)
+
+
+def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(F.linear(x, down), up, bias)
