@@ -1,5 +1,6 @@
-# On a fresh machine with Python 3.11, gcc and pip: `make demo` shows the whole method on a real model, `make test` runs the
-# suite. Both stand on `make install`, which fills .venv with the pinned versions of requirements/ and the command `gfwsvd`.
+# On a fresh machine with Python 3.11, gcc and pip: `make demo` shows the whole method on a real model, `make test`
+# runs the suite. Both stand on `make install`, which fills .venv with the pinned versions of requirements/ and the
+# command `gfwsvd`.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
@@ -20,16 +21,18 @@ help:
 install: $(MARK)
 	@echo "$(VENV) is ready; try $(VENV)/bin/gfwsvd --help"
 
-# Without its mark an environment may hold packages that an interrupted pip wrote in part and that the next pip would take for
-# whole, so it is made anew; with an outdated mark pip only brings in what changed.
+# Without its mark an environment may hold packages that an interrupted pip wrote in part and that the next pip would
+# take for whole, so it is made anew; with an outdated mark pip only brings in what changed.
 # The environment's pip comes from the pip outside, since some distributions ship Python's venv without its own copy.
-# torch goes first and alone: the later steps then find it in place, and no resolver turns to another of its builds, which
-# would bring several GB of CUDA libraries along.
-# pip makes the editable installation through an import hook, which comes after the search of sys.path: there a mere folder
-# named gfwsvd, such as a clone seen from its parent, would win. The path file puts the sources on sys.path themselves.
+# torch goes first and alone: the later steps then find it in place, and no resolver turns to another of its builds,
+# which would bring several GB of CUDA libraries along.
+# pip makes the editable installation through an import hook, which comes after the search of sys.path: there a mere
+# folder named gfwsvd, such as a clone seen from its parent, would win. The path file puts the sources on sys.path
+# themselves.
 $(MARK): pyproject.toml setup.py requirements/dev.txt requirements/models.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "gfwsvd needs Python 3.11 or newer, got $$($(PYTHON) --version); name one: make PYTHON=... install" >&2; exit 1; }
+		|| { echo "gfwsvd needs Python 3.11 or newer, got $$($(PYTHON) --version)." >&2; \
+			echo "Name one: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
 	@if [ -e $@ ]; then rm $@; else \
 		echo "install 1/4: new environment $(VENV)"; \
 		$(PYTHON) -m venv --clear --without-pip $(VENV); \
