@@ -1,267 +1,36 @@
-"""Folders on disk: written whole or not at all, read with every name and shape checked before anything is allocated.
+"""The checkpoint format: what stands in `config.json` and in the tensor files, checked without reading a tensor.
 
 A checkpoint is an ordinary transformers folder whose `quantization_config` is the *format section*
 
-    {"quant_method": "gfwsvd", "format_version": 1, "layers": {NAME: {"kind": "lowrank", "rank": R} | {"kind": "dense"}}, ...}
+    {"quant_method": "gfwsvd", "format_version": 1, "method": ..., "keep": ..., "kept": ...,
+     "layers": {NAME: {"kind": "lowrank", "rank": R} | {"kind": "dense"}}}
 
 with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer, and
 `NAME.weight` for a dense one. The manifest `gfwsvd.json` beside it holds the report and the digest of each tensor file.
 """
 
-import contextlib
-import ctypes
-import errno
-import fcntl
-import hashlib
-import json
+import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from .errors import GfwsvdError
+from .folders import TensorInfo, read_headers, read_json
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "gfwsvd"
 MANIFEST = "gfwsvd.json"
 
-_AT_FDCWD = -100  # <fcntl.h>: paths relative to the working directory
-_RENAME_EXCHANGE = 2  # <linux/fs.h>: swap the two names in one step
-
-
-class TensorInfo(NamedTuple):
-    """Where a stored tensor lies and what it is, from the header of its file."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
 
 class StoredLayer(NamedTuple):
-    """One compressed linear layer of a checkpoint: `rank` is None for a dense one, counts are of weights, not biases."""
+    """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts are of weights, not biases."""
 
     kind: str
     rank: int | None
     stored: int
     dense: int
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str | None = None) -> Path:
-    """The absolute path of an output folder that `atomic_folder` would accept; call it before a long computation.
-
-    Args:
-        path: the folder to write. A link to a folder means the folder it points to.
-        overwrite: accept a folder that holds something, which will be replaced as a whole.
-        marker: a file which every folder of the kind to be written holds. With it, `overwrite` refuses to replace a
-            folder that lacks the file, so that a mistyped path does not cost a folder of something else.
-
-    Raises:
-        GfwsvdError: when the path is a file, a non-empty folder that may not be replaced, or the working directory.
-    """
-    target = Path(path).expanduser().resolve()
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise GfwsvdError(f"{target} is a file; expected the path of a new or an empty folder")
-    if any(target.iterdir()):
-        if not overwrite:
-            raise GfwsvdError(f"the folder {target} is not empty; choose another one, empty it, or ask to overwrite it")
-        if marker is not None and not (target / marker).exists():
-            raise GfwsvdError(f"will not replace the folder {target}: it has no {marker}, so it is none of ours")
-    if Path.cwd().is_relative_to(target):
-        raise GfwsvdError(f"cannot replace {target}, the working directory is in it; start from another folder")
-    return target
-
-
-@contextlib.contextmanager
-def atomic_folder(
-    path: str | os.PathLike[str], *, overwrite: bool = False, marker: str | None = None
-) -> Iterator[Path]:
-    """Write a folder that appears whole or not at all.
-
-    Yields a new empty folder `.NAME.tmp-PID-...` beside the target. When the block ends, its files are flushed to the
-    disk and it takes the target's name in one step; when the block fails in any way, Ctrl-C too, it is removed. A killed
-    process leaves the old folder as it was, and a temporary which the next write of the same folder removes: a living
-    writer is told from a dead one by its lock, which ends with the process. On file systems without the exchange of two
-    names or without locks on folders (some network ones) a folder to be replaced first becomes `NAME.old-...`, and dead
-    temporaries stay.
-
-    Args:
-        path, overwrite, marker: see `check_output_folder`. Missing parent folders are made.
-
-    Raises:
-        GfwsvdError: what `check_output_folder` raises; and any error of writing (disk full, no permission), in place of
-            the OSError or SafetensorError.
-    """
-    target = check_output_folder(path, overwrite=overwrite, marker=marker)
-    prefix = f".{target.name}.tmp-"
-    temporary = target.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
-    lock = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.iterdir():
-            if stale.name.startswith(prefix) and (stale_lock := _lock(stale)) is not None:
-                shutil.rmtree(stale, ignore_errors=True)
-                os.close(stale_lock)
-        temporary.mkdir()
-        lock = _lock(temporary)
-        yield temporary
-        _flush(temporary)
-        _move_into_place(temporary, target)
-        _fsync(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise GfwsvdError(f"could not write the folder {target}: {error}; nothing half-written is left") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # the failed new folder, or the replaced old one
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of `folder`, or None when another process has it or there are no locks."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(folder: Path) -> None:
-    """Force the files of `folder` to the disk, so that the rename cannot survive a power cut which they do not."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _move_into_place(temporary: Path, target: Path) -> None:
-    """Give `temporary` the name `target`; what had it, if anything, ends up under the name of `temporary`."""
-    try:
-        temporary.rename(target)  # also over an empty folder
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not _exchange(temporary, target):
-            old = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
-            target.rename(old)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            old.rename(temporary)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EXDEV):
-        return False
-    raise OSError(code, os.strerror(code), os.fspath(second))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, for use inside `atomic_folder`.
-
-    Raises:
-        GfwsvdError: when `value` holds something that JSON has no form for, NaN and infinities included.
-    """
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise GfwsvdError(f"{path.name} can hold plain JSON values only: {error}") from error
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        GfwsvdError: when there is no such file or it does not hold one JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GfwsvdError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise GfwsvdError(f"{path} is not JSON, it was cut short or changed: {error}") from error
-    if not isinstance(value, dict):
-        raise GfwsvdError(f"{path} should hold one JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:
-    """Name, shape and dtype of every tensor in some safetensors files, from their headers: no tensor is read.
-
-    Raises:
-        GfwsvdError: when a file is missing, is not safetensors, is shorter or longer than its header says, or two of
-            them hold a tensor of the same name.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for file in map(Path, files):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                names = reader.keys()
-                for name in names:
-                    if name in tensors:
-                        raise GfwsvdError(f"tensor {name} is both in {tensors[name].file} and in {file}")
-                    entry = reader.get_slice(name)
-                    tensors[name] = TensorInfo(file, tuple(entry.get_shape()), entry.get_dtype())
-        except FileNotFoundError as error:
-            raise GfwsvdError(f"{file} is missing; copy the folder again, all files of it") from error
-        except (OSError, SafetensorError) as error:
-            raise GfwsvdError(
-                f"{file} is not a whole safetensors file ({error}); copy it again or write it anew"
-            ) from error
-    return tensors
-
-
-def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    """Compare files of `folder` with their recorded SHA-256 digests, `digests[file name]`.
-
-    Raises:
-        GfwsvdError: when a file is missing or its bytes are not the recorded ones.
-    """
-    for name, expected in digests.items():
-        file = folder / name
-        if not file.is_file():
-            raise GfwsvdError(f"{file} is missing; copy the folder again, all files of it")
-        if sha256_file(file) != expected:
-            raise GfwsvdError(
-                f"{file} is not the file that was written there: its SHA-256 digest differs; write it anew"
-            )
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -308,8 +77,8 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, int | None]:
                 ranks[name] = rank
             case _:
                 raise GfwsvdError(
-                    f"config.json: layer {name}: expected kind 'lowrank' with a positive rank, or kind 'dense', got {entry!r}; "
-                    "the file was changed, or a newer gfwsvd wrote it"
+                    f"config.json: layer {name}: expected kind 'lowrank' with a positive rank, or kind 'dense', got "
+                    f"{entry!r}; the file was changed, or a newer gfwsvd wrote it"
                 )
     return ranks
 
@@ -325,7 +94,7 @@ def check_layers(
     Args:
         ranks: what `parse_section` returns.
         tensors: what `read_headers` returns.
-        shapes: (D_OUT, D_IN) of each low-rank layer in the model that is to be filled, where there is one.
+        shapes: (D_OUT, D_IN) of each layer in the model that is to be filled, where there is one.
 
     Raises:
         GfwsvdError: when a tensor is missing or has another shape; the message names file and tensor.
@@ -341,6 +110,8 @@ def check_layers(
             continue
         up = _tensor(tensors, f"{name}.up")
         d_out, d_in = shapes[name] if shapes is not None else (up.shape[0], weight.shape[1])
+        if rank > min(d_out, d_in):
+            raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
         for leaf, info, expected in (("weight", weight, (rank, d_in)), ("up", up, (d_out, rank))):
             if info.shape != expected:
                 raise GfwsvdError(
@@ -360,3 +131,40 @@ def _tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
             f"tensor {name} is missing from {', '.join(files) or 'an empty checkpoint'}; copy the folder again or "
             "compress anew"
         ) from None
+
+
+def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, from its JSON files and the headers of its tensor files: no tensor is read.
+
+    Returns:
+        Plain JSON values: `format_version`, `method`, `keep` (asked), `kept` (achieved); `kinds`, the number of layers
+        of each kind; `stored` and `dense`, the weights of the compressed linear layers now and before; `model_stored`
+        and `model_dense`, the same for all tensors; `provenance`; and `layers`, a list of objects with `name`, `kind`,
+        `rank`, `stored`, `dense` and whatever else the report says of the layer. A checkpoint that was saved again
+        without its manifest has an empty `provenance` and the bare layers.
+
+    Raises:
+        GfwsvdError: when the folder is no checkpoint of this format, or one that was cut short or changed.
+    """
+    folder = Path(directory).expanduser()
+    section = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(section, dict):
+        raise GfwsvdError(f"{folder} is no gfwsvd checkpoint: its config.json has no quantization_config")
+    tensors = read_headers(checkpoint_files(folder))
+    layers = check_layers(parse_section(section), tensors)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    report = manifest.get("report", {})
+    details = {entry["name"]: entry for entry in report.get("layers", ())}
+    names = sorted(layers, key=list(details).index) if details.keys() >= layers.keys() else list(layers)
+    stored, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))
+    model_stored = sum(math.prod(info.shape) for info in tensors.values())
+    return {
+        **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
+        "kinds": dict(Counter(layer.kind for layer in layers.values())),
+        "stored": stored,
+        "dense": dense,
+        "model_stored": model_stored,
+        "model_dense": model_stored - stored + dense,
+        "provenance": report.get("provenance", {}),
+        "layers": [{**details.get(name, {}), "name": name, **layers[name]._asdict()} for name in names],
+    }

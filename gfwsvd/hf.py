@@ -1,0 +1,216 @@
+"""Checkpoints as ordinary transformers folders: writing them, and the quantizer by which `from_pretrained` reads them.
+
+After `import gfwsvd`, `AutoModelForCausalLM.from_pretrained(folder)` loads a compressed model like any other one. In a
+process without gfwsvd it fails: the down factor lies where the dense weight is expected and has another shape.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import checkpoint
+from .checkpoint import inspect as inspect
+from .errors import GfwsvdError
+from .folders import atomic_folder, check_digests, read_headers, read_json, sha256_file, write_json
+from .layers import LowRankLinear, dense_weight, is_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Report(Protocol):
+    """What `save_pretrained` asks of a report: `gfwsvd.CompressionReport` is one."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class GfwsvdConfig(QuantizationConfigMixin):
+    """The format section of a checkpoint, as transformers hands it about; see `gfwsvd.checkpoint`.
+
+    Raises:
+        GfwsvdError: when the section is of an unknown version, or a layer of an unknown kind.
+    """
+
+    def __init__(self, **section: Any) -> None:
+        checkpoint.parse_section(section)
+        self.__dict__.update(section)
+
+
+class GfwsvdQuantizer(HfQuantizer):
+    """Puts the low-rank layers into the model's skeleton before transformers fills it, after checking the files."""
+
+    requires_calibration = True  # a dense checkpoint cannot be loaded into this format, it takes `gfwsvd.compress`
+    quantization_config: GfwsvdConfig
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        section = self.quantization_config.to_dict()
+        ranks = checkpoint.parse_section(section)
+        places = {name: place for name in ranks if (place := _find_module(model, name)) is not None}
+        modules = {name: model.get_submodule(place) for name, place in places.items()}
+        for name, module in modules.items():
+            if not is_linear(module):
+                raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
+        if checkpoint_files is not None:
+            _check_files(
+                [Path(file) for file in checkpoint_files],
+                {name: ranks[name] for name in places},
+                {name: _shape(module) for name, module in modules.items()},
+            )
+        for name, module in modules.items():
+            if (rank := ranks[name]) is not None:
+                d_out, d_in = _shape(module)
+                bias, dtype = module.bias is not None, module.weight.dtype
+                layer = LowRankLinear(d_in, d_out, rank, bias=bias, device="meta", dtype=dtype)
+                model.set_submodule(places[name], layer)
+        # A model without its head, or with one around it, has other module names; saved again, it needs its own.
+        self.quantization_config.layers = {place: section["layers"][name] for name, place in places.items()}
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        # Keeps a later model.save_pretrained from renaming or merging tensors as the dense checkpoint had them.
+        model._weight_conversions = []
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:  # what Trainer asks before it trains all parameters, without adapters
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    d_out, d_in = dense_weight(module).shape
+    return d_out, d_in
+
+
+def _find_module(model: "PreTrainedModel", name: str) -> str | None:
+    """The name in `model` of the layer that the checkpoint calls `name`; None for one in a head that `model` lacks."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+            return candidate
+        except AttributeError:
+            continue
+    if type(model).__name__ in (model.config.architectures or ()):
+        raise GfwsvdError(f"config.json: {type(model).__name__} has no layer {name}; the file was changed")
+    return None
+
+
+def _check_files(files: list[Path], ranks: dict[str, int | None], shapes: dict[str, tuple[int, int]]) -> None:
+    """Headers first, then the digests where the manifest lies beside."""
+    checkpoint.check_layers(ranks, read_headers(files), shapes=shapes)
+    folder = files[0].parent
+    if (manifest := folder / checkpoint.MANIFEST).exists():
+        digests = read_json(manifest).get("sha256", {})
+        check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
+
+
+def save_pretrained(
+    model: "PreTrainedModel",
+    directory: str | os.PathLike[str],
+    *,
+    report: Report,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a compressed model as a transformers folder that `from_pretrained` reads back bit by bit.
+
+    The folder holds safetensors files, config, generation config, tokenizer if given, and the manifest `gfwsvd.json`
+    with the report and a digest of every tensor file; `from_pretrained` refuses files that differ from their digest. It
+    appears whole or not at all. The configuration of `model` gets the format section too, so that a later
+    `model.save_pretrained` writes a loadable folder, without manifest.
+
+    Args:
+        model: a transformers model some of whose linear layers are `LowRankLinear`.
+        directory: a new or empty folder; with `overwrite`, also a folder with a `config.json`, replaced as a whole.
+        report: of the compression of this very model.
+        max_shard_size: of one safetensors file, in bytes or as text such as "5GB".
+
+    Raises:
+        GfwsvdError: when the folder cannot be written, the report is of another model, a rank is as large as the number
+            of outputs (then the down factor has the shape of the dense weight, which a process without gfwsvd would
+            take it for), the model is quantized by another method, or transformers refuses to save it.
+    """
+    details = report.to_json()
+    section = _section(model, details)
+    with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
+        _set_section(model, section)
+        try:
+            # In the names of the modules, not in those of the dense checkpoint that transformers may know for them.
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except ValueError as error:  # such as a generation config that contradicts itself
+            raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+        files = checkpoint.checkpoint_files(folder)
+        checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
+        digests = {file.name: sha256_file(file) for file in files}
+        manifest = {"format_version": checkpoint.FORMAT_VERSION, "sha256": digests, "report": details}
+        write_json(folder / checkpoint.MANIFEST, manifest)
+
+
+def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:
+    """The format section of `model`, in the order of the report."""
+    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    reported = {entry["name"]: entry["rank"] for entry in report["layers"] if entry["kind"] == "lowrank"}
+    for name in {**ranks, **reported}:
+        if ranks.get(name) != reported.get(name):
+            raise GfwsvdError(
+                f"the report is not of this model: layer {name} has rank {ranks.get(name, 'none, it is dense')} in the "
+                f"model and rank {reported.get(name, 'none')} in the report"
+            )
+        if ranks[name] == model.get_submodule(name).out_features:
+            raise GfwsvdError(
+                f"layer {name} has as many inner dimensions as outputs ({ranks[name]}), which saves nothing and cannot "
+                "be stored safely; keep it dense"
+            )
+    layers = {
+        entry["name"]: {"kind": "lowrank", "rank": entry["rank"]} if entry["name"] in ranks else {"kind": "dense"}
+        for entry in report["layers"]
+    }
+    return {
+        "quant_method": checkpoint.QUANT_METHOD,
+        "format_version": checkpoint.FORMAT_VERSION,
+        **{key: report[key] for key in ("method", "keep", "kept")},
+        "layers": layers,
+    }
+
+
+def _set_section(model: "PreTrainedModel", section: dict[str, Any]) -> None:
+    """Make `section` the quantization config of `model`, in place of that of the GGUF file it may have come from."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, GfwsvdQuantizer):
+        if (method := quantizer.quantization_config.quant_method) != "gguf":
+            raise GfwsvdError(f"{type(model).__name__} is quantized by {method}; load and compress it unquantized")
+        quantizer.remove_quantization_config(model)
+    model.config.quantization_config = GfwsvdConfig(**section)
+
+
+def register() -> None:
+    """Enter the format into transformers' tables; again is harmless. Importing this module does it."""
+    if checkpoint.QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(checkpoint.QUANT_METHOD)(GfwsvdConfig)
+        register_quantizer(checkpoint.QUANT_METHOD)(GfwsvdQuantizer)
+
+
+register()
