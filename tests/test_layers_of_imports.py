@@ -28,6 +28,7 @@ LAYERS = {
     "gfwsvd.checkpoint": 4,
     "gfwsvd.registration": 5,
     "gfwsvd.hf": 5,
+    "gfwsvd.texts": 5,
     "gfwsvd.sources": 5,
     "gfwsvd.evaluate": 5,
     "gfwsvd.report": 5,
