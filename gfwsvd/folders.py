@@ -91,7 +91,7 @@ def atomic_folder(
         lock = _lock(temporary)
         yield temporary
         _flush(temporary)
-        _move_into_place(temporary, target)
+        _move_into_place(temporary, target, overwrite=overwrite)
         _fsync(target.parent)
     except (OSError, SafetensorError) as error:
         raise GfwsvdError(f"could not write the folder {target}: {error}; nothing half-written is left") from error
@@ -129,12 +129,12 @@ def _flush(folder: Path) -> None:
         _fsync(path)
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
+def _move_into_place(temporary: Path, target: Path, *, overwrite: bool) -> None:
     """Give `temporary` the name `target`; what had it, if anything, ends up under the name of `temporary`."""
     try:
         temporary.rename(target)  # also over an empty folder
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         if not _exchange(temporary, target):
             old = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")

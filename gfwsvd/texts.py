@@ -1,0 +1,148 @@
+"""Texts for calibration and evaluation: files, datasets on the hub, and the text that comes with Python."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import GfwsvdError
+
+TEXT_FIELDS = (
+    ("text",),
+    ("content",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+)
+
+
+def load_text(spec: str) -> str:
+    """A text as one string.
+
+    Args:
+        spec: one of
+            - a .txt or .raw file (UTF-8), taken as it is;
+            - a .jsonl or .parquet file of rows, or `FILE:FIELD` for the field to take;
+            - a dataset on the hub, `owner/name[:config[:split]]`, split "train" by default;
+            - `pydoc`, the language reference that every Python brings along, `pydoc:calibration` or `pydoc:heldout`,
+              about three and one quarters of it that share no paragraph.
+            Where no field is given, a row's text is the first of `TEXT_FIELDS` that the first row has, two fields of
+            one entry joined by a newline. Rows are joined by an empty line.
+
+    Raises:
+        GfwsvdError: when there is no such file, field or dataset, it cannot be read, or it is empty.
+    """
+    if spec == "pydoc" or spec.startswith("pydoc:"):
+        text = _pydoc_text(spec.partition(":")[2])
+    elif (file_and_field := _local_file(spec)) is not None:
+        text = _read_file(*file_and_field)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", spec):
+        text = _rows_text(_dataset_rows(*spec.split(":", 2)), None, spec)
+    else:
+        raise GfwsvdError(
+            f"there is no text {spec}: expected a .txt, .raw, .jsonl or .parquet file that exists, a dataset "
+            "owner/name[:config[:split]], or pydoc"
+        )
+    if not text.strip():
+        raise GfwsvdError(f"the text {spec} is empty")
+    return text
+
+
+def _local_file(spec: str) -> tuple[Path, str | None] | None:
+    """The file that `spec` names and the field after it, None if there is no such file."""
+    if (whole := Path(spec).expanduser()).is_file():
+        return whole, None
+    name, _, field = spec.rpartition(":")
+    file = Path(name).expanduser()
+    return (file, field) if field and file.is_file() else None
+
+
+def _read_file(file: Path, field: str | None) -> str:
+    try:
+        if file.suffix == ".jsonl":
+            return _rows_text(_json_rows(file), field, str(file))
+        if file.suffix == ".parquet":
+            return _rows_text(_dataset_rows("parquet", data_files=str(file)), field, str(file))
+        if file.suffix in (".txt", ".raw") and field is None:
+            return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GfwsvdError(f"{file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise GfwsvdError(f"cannot read {file}: {error}") from error
+    raise GfwsvdError(
+        f"cannot take a text from {file}: expected FILE.txt, FILE.raw, FILE.jsonl[:FIELD] or FILE.parquet[:FIELD]"
+    )
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise GfwsvdError(f"{file}, line {number}: not JSON, the file was cut short or changed") from error
+
+
+def _dataset_rows(name: str, config: str | None = None, split: str = "train", **where: Any) -> Iterator[Any]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(name, config or None, split=split, streaming=True, **where)
+    except Exception as error:  # of many kinds, from the network, the hub and the files
+        source = where.get("data_files") or f"dataset {name} (config {config or 'default'}, split {split})"
+        raise GfwsvdError(f"cannot read {source}: {error}") from error
+
+
+def _rows_text(rows: Iterable[Any], field: str | None, source: str) -> str:
+    texts: list[str] = []
+    fields: tuple[str, ...] = (field,) if field else ()
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise GfwsvdError(f"{source}, row {number}: expected an object of fields, got {type(row).__name__}")
+        if not fields:
+            fields = next((known for known in TEXT_FIELDS if all(name in row for name in known)), ())
+            if not fields:
+                raise GfwsvdError(
+                    f"{source}: no field of {', '.join(row)} is known to hold the text; name one, FILE:FIELD"
+                )
+        values = [row.get(name) for name in fields]
+        if not all(isinstance(value, str) for value in values):
+            raise GfwsvdError(f"{source}, row {number}: expected text in {' and '.join(fields)}")
+        texts.append("\n".join(map(str, values)))
+    return "\n\n".join(texts)
+
+
+def _pydoc_text(part: str) -> str:
+    from pydoc_data.topics import topics
+
+    if part not in ("", "calibration", "heldout"):
+        raise GfwsvdError(f"pydoc has the parts calibration and heldout, got {part!r}")
+    paragraphs = {
+        name: {words for block in text.split("\n\n") if len(words := " ".join(block.split())) >= 60}
+        for name, text in topics.items()
+    }
+    # Topics contain and overlap one another. One that is contained in another is left out; those that share a
+    # paragraph stay together, so that no text of the calibration part is in the other.
+    whole = [
+        name
+        for name, mine in paragraphs.items()
+        if not any(mine < other or mine == other and name > twin for twin, other in paragraphs.items() if twin != name)
+    ]
+    groups: list[tuple[set[str], set[str]]] = []
+    for name in whole:
+        touching = [group for group in groups if group[1] & paragraphs[name]]
+        groups = [group for group in groups if group not in touching]
+        names = {name}.union(*(group[0] for group in touching))
+        groups.append((names, paragraphs[name].union(*(group[1] for group in touching))))
+    sizes = sorted(((sum(len(topics[name]) for name in names), sorted(names)) for names, _ in groups), reverse=True)
+    seen, held, heldout = 0, 0, set[str]()
+    for size, members in sizes:
+        seen += size
+        if 4 * (held + size) <= seen:
+            held += size
+            heldout.update(members)
+    return "\n\n".join(topics[name] for name in sorted(whole) if not part or (name in heldout) == (part == "heldout"))
