@@ -1,0 +1,265 @@
+"""Compression of a model in memory: statistics, spectra, ranks, factors, and only then the new layers."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Batch, Loss, Statistics, Track, calibrate, silent
+from .errors import GfwsvdError
+from .factorize import Decomposition, decompose
+from .layers import LowRankLinear, dense_weight, find_linears
+from .methods import Method, method_named
+from .ranks import Candidate, allocate, check_keep
+from .statistics import LayerStatistics
+
+DAMPING = 1e-2
+RANK_MULTIPLE = 8
+_SPECTRUM_POINTS = 64  # of a spectrum in the report
+
+
+@dataclass
+class LayerReport:
+    """What became of one linear layer, and how sound its numbers are.
+
+    Attributes:
+        kind: "lowrank" or "dense"; `reason` says why a layer stayed dense.
+        stored, dense: weights stored now and before, biases aside.
+        predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
+        damping_left, damping_right: added to the diagonals of the metrics, relative to their means.
+        condition_left, condition_right: of the damped metrics, estimated.
+        convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
+        kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
+        spectrum, spectrum_index: some whitened singular values and their positions, from 0.
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    rank: int | None
+    stored: int
+    dense: int
+    predicted_loss: float = 0.0
+    damping_left: float | None = None
+    damping_right: float | None = None
+    condition_left: float | None = None
+    condition_right: float | None = None
+    convergence: float | None = None
+    kronecker_residual: float | None = None
+    reason: str = ""
+    spectrum: list[float] = field(default_factory=list)
+    spectrum_index: list[int] = field(default_factory=list)
+
+
+@dataclass
+class CompressionReport:
+    """What a compression did.
+
+    Attributes:
+        keep, kept: asked and achieved `stored / dense` over the compressed linear layers.
+        stored, dense: parameters of those layers (weights), now and before.
+        model_stored, model_dense: parameters of the whole model, shared ones once.
+        predicts_loss: whether predicted losses are in nats per predicted token.
+        seconds: wall time of the factorisation, calibration aside.
+        provenance: where the numbers come from: calibration data, settings, versions.
+    """
+
+    method: str
+    keep: float
+    kept: float
+    ranks: str
+    rank_multiple: int
+    damping: float
+    stored: int
+    dense: int
+    model_stored: int
+    model_dense: int
+    predicts_loss: bool
+    seconds: float
+    layers: list[LayerReport]
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CompressionReport":
+        """The report of `to_json`'s values; GfwsvdError where they are not one."""
+        try:
+            return cls(**{**values, "layers": [LayerReport(**layer) for layer in values["layers"]]})
+        except (KeyError, TypeError) as error:
+            raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    *,
+    method: str = "gfwsvd",
+    keep: float = 0.8,
+    ranks: str = "global",
+    rank_multiple: int = RANK_MULTIPLE,
+    damping: float = DAMPING,
+    statistics: Statistics | None = None,
+    unit: str = "token",
+    labels: str = "empirical",
+    sweeps: int = 2,
+    seed: int = 0,
+    exclude: Iterable[str] = (),
+    loss: Loss | None = None,
+    track: Track = silent,
+) -> CompressionReport:
+    """Replaces linear layers of `model`, in place, by low-rank ones; on an error the model keeps all its layers.
+
+    Args:
+        batches: calibration data, see `calibrate`; not needed with `statistics`, nor for method "svd".
+        method: a row of `METHODS`.
+        keep: stored over dense parameters of the compressed linear layers, in (0, 1].
+        ranks: "uniform" or "global", see `allocate`.
+        rank_multiple: ranks are multiples of it.
+        damping: added to each metric's diagonal, relative to its mean.
+        statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
+        unit, labels, sweeps, seed, exclude, loss: see `calibrate`.
+        track: wraps long loops to show progress.
+
+    Raises:
+        GfwsvdError: for any argument out of range, calibration that fails, statistics that lack what the method needs
+            or belong to other layers, or a layer whose metrics cannot be whitened.
+    """
+    row = method_named(method)
+    check_keep(keep)
+    if statistics is None:
+        if row.needs and batches is None:
+            raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")
+        statistics = calibrate(
+            model,
+            batches or (),
+            collect=row.needs,
+            unit=unit,
+            labels=labels,
+            sweeps=sweeps,
+            seed=seed,
+            exclude=exclude,
+            loss=loss,
+            track=track,
+        )
+    began = time.perf_counter()
+    linears = _checked_linears(model, statistics, row)
+    decompositions = {
+        name: _decompose(name, linears[name], statistics, row, damping)
+        for name in track(list(linears), f"{method}: spectra of {len(linears)} layers")
+    }
+    candidates = {
+        name: Candidate(*dense_weight(module).shape, decompositions[name].spectrum.cpu())
+        for name, module in linears.items()
+    }
+    chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple)
+    model_dense = _parameters(model)
+    layers = {
+        name: _low_rank(module, decompositions[name], rank)
+        for name, module in track(list(linears.items()), f"{method}: factors")
+        if (rank := chosen[name]) is not None
+    }
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    reports = [
+        _layer_report(name, candidates[name], chosen[name], decompositions[name], statistics.layers[name], row)
+        for name in linears
+    ]
+    stored, dense = sum(layer.stored for layer in reports), sum(layer.dense for layer in reports)
+    return CompressionReport(
+        method=method,
+        keep=keep,
+        kept=stored / dense,
+        ranks=ranks,
+        rank_multiple=rank_multiple,
+        damping=damping,
+        stored=stored,
+        dense=dense,
+        model_stored=_parameters(model),
+        model_dense=model_dense,
+        predicts_loss=row.predicts_loss,
+        seconds=time.perf_counter() - began,
+        layers=reports,
+        provenance={
+            "settings": statistics.settings,
+            "num_losses": statistics.num_losses,
+            "num_sequences": statistics.num_sequences,
+            "data_sha256": statistics.data_sha256,
+            "calibration_seconds": list(statistics.seconds),
+            "unreached": list(statistics.unreached),
+        },
+    )
+
+
+def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> dict[str, nn.Module]:
+    """The model's layers that the statistics are about; GfwsvdError unless they fit each other and the method."""
+    missing = row.needs - statistics.collected
+    if missing:
+        raise GfwsvdError(
+            f"method {row.name} needs the statistics {', '.join(sorted(row.needs))}; these hold "
+            f"{', '.join(sorted(statistics.collected)) or 'none'}: calibrate again"
+        )
+    linears = find_linears(model)
+    for name, stats in statistics.layers.items():
+        found = tuple(dense_weight(linears[name]).shape) if name in linears else "no linear layer"
+        if found != (stats.d_out, stats.d_in):
+            raise GfwsvdError(
+                f"the statistics have a layer {name} of weight {(stats.d_out, stats.d_in)}, the model has {found} there: "
+                f"they belong to another model; calibrate this one"
+            )
+    return {name: linears[name] for name in statistics.layers}
+
+
+def _decompose(name: str, module: nn.Module, statistics: Statistics, row: Method, damping: float) -> Decomposition:
+    stats = statistics.layers[name]
+    left, right = row.left(stats, statistics.num_losses), row.right(stats)
+    return decompose(dense_weight(module), left, right, damping=damping, name=name)
+
+
+def _low_rank(module: nn.Module, decomposition: Decomposition, rank: int) -> LowRankLinear:
+    weight = dense_weight(module)
+    up, down = decomposition.factors(weight, rank)
+    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), module.bias)
+    return layer.train(module.training)
+
+
+def _layer_report(
+    name: str,
+    candidate: Candidate,
+    rank: int | None,
+    decomposition: Decomposition,
+    stats: LayerStatistics,
+    row: Method,
+) -> LayerReport:
+    spectrum = decomposition.spectrum
+    points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
+    kronecker = row.name == "gfwsvd"
+    return LayerReport(
+        name=name,
+        kind="dense" if rank is None else "lowrank",
+        d_in=candidate.d_in,
+        d_out=candidate.d_out,
+        rank=rank,
+        stored=candidate.stored(rank),
+        dense=candidate.dense,
+        predicted_loss=0.0 if rank is None else candidate.tails()[rank].item(),
+        damping_left=decomposition.left.damping,
+        damping_right=decomposition.right.damping,
+        condition_left=decomposition.left.condition,
+        condition_right=decomposition.right.condition,
+        convergence=stats.convergence[-1] if kronecker else None,
+        kronecker_residual=stats.kronecker_residual if kronecker else None,
+        reason="" if rank is not None else "its parameters lower the predicted loss more than any rank of another layer would",
+        spectrum=spectrum[points].tolist(),
+        spectrum_index=points.tolist(),
+    )
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

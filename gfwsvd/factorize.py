@@ -1,0 +1,56 @@
+"""The one solver behind all methods: the best low-rank weight under two metrics, in closed form."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import GfwsvdError
+from .metrics import Metric
+from .whiten import Root, root
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular value decomposition of a whitened weight `Clᵀ W Cr = U S Vᵀ`, where `left = Cl Clᵀ`, `right = Cr Crᵀ`.
+
+    Attributes:
+        spectrum: S in descending order, (min(D_OUT, D_IN),) float64; `sum(S[r:] ** 2)` is the objective at rank r.
+        basis: V (D_IN, D_IN) where D_OUT >= D_IN, else U (D_OUT, D_OUT); float64.
+        left, right: the roots used, with the damping and condition of each.
+    """
+
+    spectrum: Tensor
+    basis: Tensor
+    left: Root
+    right: Root
+
+    def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """`up (D_OUT, R)` and `down (R, D_IN)`, float64, that minimise the objective at `rank`; S is split evenly."""
+        weight = weight.double()
+        split = self.spectrum[:rank].sqrt()
+        inverse = torch.where(split > 0, 1 / split, 0.0)
+        kept = self.basis[:, :rank]
+        if weight.shape[0] >= weight.shape[1]:  # Cl⁻ᵀ U S = W Cr V
+            return self.right.times(weight) @ kept * inverse, self.right.solve(split[:, None] * kept.T)
+        return self.left.solve(split[:, None] * kept.T).T, inverse[:, None] * (kept.T @ self.left.times(weight.T).T)
+
+
+def decompose(weight: Tensor, left: Metric, right: Metric, *, damping: float, name: str) -> Decomposition:
+    """Whitens `weight (D_OUT, D_IN)` by two metrics and decomposes it, in float64.
+
+    The singular vectors come from the smaller Gram matrix of the whitened weight, three times faster than its SVD; the
+    factors apply the weight itself, so that only the order of singular values below 1e-8 of the first is uncertain.
+
+    Raises:
+        GfwsvdError: a weight that is not finite, or a metric that cannot be whitened (`whiten.root`); names the layer.
+    """
+    if not torch.isfinite(weight).all():
+        raise GfwsvdError(f"the weight of layer {name} holds NaN or inf; expected finite numbers")
+    left_root = root(left, damping=damping, name=f"the left metric of layer {name}")
+    right_root = root(right, damping=damping, name=f"the right metric of layer {name}")
+    whitened = left_root.times(right_root.times(weight.double()).T).T
+    if weight.shape[0] < weight.shape[1]:
+        whitened = whitened.T
+    values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+    return Decomposition(values.flip(0).clamp(min=0).sqrt(), vectors.flip(1), left_root, right_root)

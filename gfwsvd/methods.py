@@ -1,0 +1,93 @@
+"""The methods: each is a row that says which metrics it weighs errors by, and what calibration it needs for that.
+
+All minimise `tr(Eᵀ left E right)` over the error E of a low-rank weight. Where the metrics carry the loss's own scale,
+that objective is the predicted increase of the loss, in nats per predicted token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import GfwsvdError
+from .metrics import Metric
+from .statistics import LayerStatistics
+
+INPUTS, GRADIENTS, KRONECKER = "inputs", "gradients", "kronecker"  # what calibration can collect
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of `METHODS`.
+
+    Attributes:
+        needs: which of INPUTS, GRADIENTS, KRONECKER its metrics are made of.
+        left, right: the metrics of a layer's statistics; `left` takes the number of loss terms too.
+        predicts_loss: whether the objective is in nats per predicted token.
+        source: where the method comes from.
+    """
+
+    name: str
+    needs: frozenset[str]
+    left: Callable[[LayerStatistics, int], Metric]
+    right: Callable[[LayerStatistics], Metric]
+    predicts_loss: bool
+    source: str
+
+
+def _identity(*_: object) -> None:
+    return None
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "collected statistics were checked against the method's needs"
+    return tensor
+
+
+def _second_order(stats: LayerStatistics, num_losses: int) -> float:
+    """From a sum over scaled gradient samples to half the curvature of the mean loss."""
+    return 0.5 / (num_losses * stats.gradient_scale**2)
+
+
+def _fisher_rows(stats: LayerStatistics, num_losses: int) -> Tensor:
+    return _present(stats.fisher_rows).double() * (_second_order(stats, num_losses) / stats.d_in)
+
+
+def _output_moment(stats: LayerStatistics, num_losses: int) -> Tensor:
+    return _present(stats.output_moment).double() * _second_order(stats, num_losses)
+
+
+def _fisher_left(stats: LayerStatistics, num_losses: int) -> Tensor:
+    return _present(stats.left).double() * (stats.scale * _second_order(stats, num_losses))
+
+
+def _fisher_right(stats: LayerStatistics) -> Tensor:
+    return _present(stats.right)
+
+
+def _input_moment(stats: LayerStatistics) -> Tensor:
+    return _present(stats.input_moment).double() / stats.num_tokens
+
+
+def _input_abs(stats: LayerStatistics) -> Tensor:
+    return _present(stats.input_abs).double() / stats.num_tokens  # (mean |x|)^(2 alpha), alpha = 0.5
+
+
+METHODS = {
+    row.name: row
+    for row in (
+        Method("svd", frozenset(), _identity, _identity, False, "Eckart and Young, 1936"),
+        Method("fwsvd", frozenset({KRONECKER}), _fisher_rows, _identity, True, "Hsu et al., ICLR 2022"),
+        Method("asvd", frozenset({INPUTS}), _identity, _input_abs, False, "arXiv 2312.05821"),
+        Method("svd_llm", frozenset({INPUTS}), _identity, _input_moment, False, "ICLR 2025, arXiv 2403.07378"),
+        Method("kfac", frozenset({INPUTS, GRADIENTS}), _output_moment, _input_moment, True, "arXiv 1503.05671"),
+        Method("gfwsvd", frozenset({KRONECKER}), _fisher_left, _fisher_right, True, "arXiv 2505.17974"),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """The row of `METHODS` called `name`; GfwsvdError names the rows there are."""
+    if name not in METHODS:
+        raise GfwsvdError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]

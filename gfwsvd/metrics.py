@@ -1,0 +1,68 @@
+"""Metrics: the positive semi-definite matrices that say what an error in a weight costs.
+
+A metric is `None` (the identity), a vector (D,) (a diagonal), or a matrix (D, D) of which the lower triangle counts.
+A method picks a `left` metric over outputs and a `right` metric over inputs; the objective is `tr(Eᵀ left E right)`.
+"""
+
+import torch
+from torch import Tensor
+
+Metric = Tensor | None
+
+
+def symmetrize(lower: Tensor) -> Tensor:
+    """The full symmetric matrix of a lower triangle; what stands above the diagonal is ignored."""
+    strict = lower.tril(-1)
+    return strict + strict.T + torch.diag(lower.diagonal())
+
+
+def inner(first: Tensor, second: Tensor) -> float:
+    """Frobenius inner product of two symmetric matrices (D, D), from their lower triangles, in float64."""
+    total = 0.0
+    for start in range(0, first.shape[0], 512):  # float64 copies stay small
+        rows = slice(start, start + 512)
+        a, b = first[rows].tril(start).double(), second[rows].tril(start).double()
+        total += 2 * (a * b).sum().item() - (a.diagonal(start) * b.diagonal(start)).sum().item()
+    return total
+
+
+def norm(lower: Tensor) -> float:
+    """Frobenius norm of the symmetric matrix whose lower triangle is given, in float64."""
+    return max(inner(lower, lower), 0.0) ** 0.5
+
+
+def mean_diagonal(metric: Metric) -> float:
+    """Mean of the diagonal: the scale that damping is relative to."""
+    if metric is None:
+        return 1.0
+    return (metric if metric.dim() == 1 else metric.diagonal()).double().mean().item()
+
+
+def multiply(metric: Metric, matrix: Tensor) -> Tensor:
+    """`metric @ matrix`, in the dtype of `matrix`."""
+    if metric is None:
+        return matrix
+    metric = metric.to(matrix)
+    return metric[:, None] * matrix if metric.dim() == 1 else symmetrize(metric) @ matrix
+
+
+def objective(error: Tensor, left: Metric, right: Metric) -> float:
+    """`tr(Eᵀ left E right)` of an error E (D_OUT, D_IN), in float64."""
+    error = error.double()
+    return (multiply(left, error) * multiply(right, error.T).T).sum().item()
+
+
+def kronecker_residual(sketch: Tensor, scale: float, left_probe: Tensor, right_probe: Tensor) -> float:
+    """Share of the Fisher block's energy that `scale * left ⊗ right` misses, 0 (exactly Kronecker) to 1.
+
+    The rearranged Fisher R has one entry in `sketch` (M, M) per pair of rank-one probes, so the mean square of the
+    sketch estimates `||R||²`; subtracting the fit's own probes first leaves the noise on the missed part alone.
+
+    Args:
+        sketch: `sum_i (v'_kᵀ G_i u_j) (v_kᵀ G_i u'_j)` over gradient samples G_i, (k, j).
+        scale: s1, the fit's Frobenius norm when both factors have norm one.
+        left_probe: `v'_kᵀ left v_k`, (M,).
+        right_probe: `u'_jᵀ right u_j`, (M,).
+    """
+    missed = (sketch.double() - scale * torch.outer(left_probe.double(), right_probe.double())).square().mean().item()
+    return missed / (missed + scale**2) if missed + scale**2 > 0 else 0.0

@@ -1,0 +1,136 @@
+"""Rank allocation: how many ranks each layer gets, and which layers stay dense.
+
+One definition of the ratio everywhere: `keep` is the number of parameters stored for the compressed linear layers over
+the number that the dense ones have. No allocation exceeds it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import GfwsvdError
+
+RANKS = ("uniform", "global")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer in the allocation: `spectrum` holds its whitened singular values in descending order, (min(D_OUT, D_IN),)."""
+
+    d_out: int
+    d_in: int
+    spectrum: Tensor
+
+    @property
+    def dense(self) -> int:
+        return self.d_out * self.d_in
+
+    def stored(self, rank: int | None) -> int:
+        """Parameters stored at `rank`, or dense when it is None."""
+        return self.dense if rank is None else rank * (self.d_out + self.d_in)
+
+    def tails(self) -> Tensor:
+        """Loss at each rank 0 .. min(D_OUT, D_IN), float64."""
+        energy = self.spectrum.double().square()
+        return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+def check_keep(keep: float) -> None:
+    """Raises GfwsvdError unless `keep` is a share in (0, 1]."""
+    if not 0 < keep <= 1:
+        raise GfwsvdError(
+            f"keep must be a share of parameters in (0, 1], got {keep}; for 20 % fewer parameters say keep 0.8"
+        )
+
+
+def allocate(
+    candidates: Mapping[str, Candidate], *, keep: float, ranks: str, rank_multiple: int = 1
+) -> dict[str, int | None]:
+    """The rank of every layer, None for one that stays dense.
+
+    Args:
+        candidates: layers by name.
+        keep: share of parameters to store, in (0, 1]; at 1 every layer stays dense.
+        ranks: "uniform" gives each layer the share `keep` of its own size; "global" minimises the summed loss under
+            the shared budget with one Lagrange multiplier, and leaves a layer dense where that is cheaper.
+        rank_multiple: ranks are multiples of it, as far as a layer is large enough.
+
+    Raises:
+        GfwsvdError: unknown `ranks`, `keep` or `rank_multiple` out of range, or a budget below the smallest ranks.
+    """
+    check_keep(keep)
+    if ranks not in RANKS:
+        raise GfwsvdError(f"ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
+    if rank_multiple < 1:
+        raise GfwsvdError(f"rank multiple must be at least 1, got {rank_multiple}")
+    if keep == 1:
+        return dict.fromkeys(candidates)
+    if ranks == "uniform":
+        return {name: _uniform(layer, keep, rank_multiple) for name, layer in candidates.items()}
+    return _global(candidates, keep, rank_multiple)
+
+
+def _uniform(layer: Candidate, keep: float, multiple: int) -> int:
+    affordable = int(keep * layer.dense / (layer.d_out + layer.d_in))
+    return max(affordable // multiple * multiple, min(multiple, affordable), 1)
+
+
+class _Choices:
+    """The states one layer may take, in ascending order of parameters: some ranks, then dense."""
+
+    def __init__(self, layer: Candidate, multiple: int) -> None:
+        largest = (layer.dense - 1) // (layer.d_out + layer.d_in)  # above it dense is smaller and exact
+        ranks = list(range(multiple, largest + 1, multiple)) or [max(largest, 1)]
+        self.ranks: Sequence[int | None] = [*ranks, None]
+        self.stored = torch.tensor([layer.stored(rank) for rank in self.ranks], dtype=torch.float64)
+        tails = layer.tails().cpu()
+        self.losses = torch.cat([tails[ranks], tails.new_zeros(1)])
+
+    def best(self, multiplier: float) -> int:
+        return int(torch.argmin(self.losses + multiplier * self.stored))
+
+
+def _global(candidates: Mapping[str, Candidate], keep: float, multiple: int) -> dict[str, int | None]:
+    budget = keep * sum(layer.dense for layer in candidates.values())
+    choices = {name: _Choices(layer, multiple) for name, layer in candidates.items()}
+
+    def pick(multiplier: float) -> dict[str, int]:
+        return {name: choice.best(multiplier) for name, choice in choices.items()}
+
+    def stored(picked: Mapping[str, int]) -> float:
+        return sum(choices[name].stored[index].item() for name, index in picked.items())
+
+    smallest = dict.fromkeys(choices, 0)
+    if stored(smallest) > budget:
+        raise GfwsvdError(
+            f"keep {keep} is below what the smallest ranks need: {stored(smallest) / budget * keep:.4f} at rank multiple "
+            f"{multiple}; raise keep or lower the rank multiple"
+        )
+    low, high = 0.0, max(choice.losses[0].item() / choice.stored[0].item() for choice in choices.values()) + 1e-300
+    while stored(pick(high)) > budget:
+        high *= 4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if stored(pick(middle)) > budget else (low, middle)
+    picked = pick(high)
+    _spend(picked, choices, budget - stored(picked))
+    return {name: choices[name].ranks[index] for name, index in picked.items()}
+
+
+def _spend(picked: dict[str, int], choices: Mapping[str, _Choices], left_over: float) -> None:
+    """Gives what the multiplier left of the budget to the steps that lower the loss most per parameter."""
+    while True:
+        best_gain, best_step = 0.0, None
+        for name, index in picked.items():
+            choice = choices[name]
+            price = choice.stored[index + 1 :] - choice.stored[index]
+            gains = torch.where(price <= left_over, (choice.losses[index] - choice.losses[index + 1 :]) / price, 0.0)
+            if gains.numel() and gains.max() > best_gain:
+                step = int(gains.argmax())
+                best_gain, best_step = gains[step].item(), (name, index + 1 + step, price[step].item())
+        if best_step is None:
+            return
+        name, index, price = best_step
+        picked[name], left_over = index, left_over - price
