@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .errors import GfwsvdError
@@ -87,29 +88,28 @@ def check_layers(
     ranks: Mapping[str, int | None],
     tensors: Mapping[str, TensorInfo],
     *,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
+    shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, StoredLayer]:
     """Check that every layer's tensors are there and fit together, and count their parameters.
 
     Args:
         ranks: what `parse_section` returns.
         tensors: what `read_headers` returns.
-        shapes: (D_OUT, D_IN) of each layer in the model that is to be filled, where there is one.
+        shapes: (D_OUT, D_IN) of those low-rank layers that a model is to be filled with.
 
     Raises:
-        GfwsvdError: when a tensor is missing or has another shape; the message names file and tensor.
+        GfwsvdError: when a tensor is missing, has another shape, or is a factor of a layer that is not a low-rank one;
+            the message names file and tensor.
     """
     checked: dict[str, StoredLayer] = {}
     for name, rank in ranks.items():
-        weight = _tensor(tensors, f"{name}.weight")
-        if len(weight.shape) != 2:
-            raise GfwsvdError(f"{weight.file}: {name}.weight should be a matrix, got shape {weight.shape}")
+        weight = _matrix(tensors, f"{name}.weight")
         if rank is None:
-            size = weight.shape[0] * weight.shape[1]
+            size = math.prod(weight.shape)
             checked[name] = StoredLayer("dense", None, size, size)
             continue
-        up = _tensor(tensors, f"{name}.up")
-        d_out, d_in = shapes[name] if shapes is not None else (up.shape[0], weight.shape[1])
+        up = _matrix(tensors, f"{name}.up")
+        d_out, d_in = shapes.get(name, (up.shape[0], weight.shape[1]))
         if rank > min(d_out, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
         for leaf, info, expected in (("weight", weight, (rank, d_in)), ("up", up, (d_out, rank))):
@@ -119,18 +119,26 @@ def check_layers(
                     "the two files are not of one checkpoint, copy the folder again"
                 )
         checked[name] = StoredLayer("lowrank", rank, rank * (d_out + d_in), d_out * d_in)
+    for tensor, info in tensors.items():
+        name, _, leaf = tensor.rpartition(".")
+        if leaf == "up" and f"{name}.weight" in tensors and ranks.get(name) is None:
+            raise GfwsvdError(
+                f"{info.file}: {tensor} is the factor of a low-rank layer, but config.json lists {name} as none; "
+                "the two files are not of one checkpoint, copy the folder again"
+            )
     return checked
 
 
-def _tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
-    try:
-        return tensors[name]
-    except KeyError:
+def _matrix(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+    if name not in tensors:
         files = sorted({str(info.file) for info in tensors.values()})
         raise GfwsvdError(
             f"tensor {name} is missing from {', '.join(files) or 'an empty checkpoint'}; copy the folder again or "
             "compress anew"
-        ) from None
+        )
+    if len(tensors[name].shape) != 2:
+        raise GfwsvdError(f"{tensors[name].file}: {name} should be a matrix, got shape {tensors[name].shape}")
+    return tensors[name]
 
 
 def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:

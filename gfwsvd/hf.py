@@ -62,11 +62,8 @@ class GfwsvdQuantizer(HfQuantizer):
             if not is_linear(module):
                 raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
         if checkpoint_files is not None:
-            _check_files(
-                [Path(file) for file in checkpoint_files],
-                {name: ranks[name] for name in places},
-                {name: _shape(module) for name, module in modules.items()},
-            )
+            shapes = {name: _shape(module) for name, module in modules.items()}
+            _check_files([Path(file) for file in checkpoint_files], ranks, shapes)
         for name, module in modules.items():
             if (rank := ranks[name]) is not None:
                 d_out, d_in = _shape(module)

@@ -360,6 +360,8 @@ def test_a_section_of_another_kind_is_refused(tmp_path, change, message):
         ({"a.up": torch.ones(6, 3)}, r"model\.safetensors: a\.up should be \(6, 2\) by config\.json, got \(6, 3\)"),
         ({"a.weight": torch.ones(3, 8)}, r"a\.weight should be \(2, 8\) by config\.json, got \(3, 8\)"),
         ({"a.weight": torch.ones(2)}, r"a\.weight should be a matrix"),
+        ({"a.up": torch.ones(())}, r"a\.up should be a matrix"),
+        ({"b.up": torch.ones(3, 2)}, r"b\.up is the factor of a low-rank layer, but config\.json lists b as none"),
         ({"a.up": torch.ones(1, 2)}, r"layer a of shape \(1, 8\) cannot have rank 2"),
     ],
 )
@@ -374,7 +376,7 @@ def test_tensors_that_do_not_fit_the_model_are_refused(tmp_path):
     ranks = parse_section(SECTION)
     assert check_layers(ranks, tensors, shapes={"a": (6, 8), "b": (3, 5)})["a"].stored == 28
     with pytest.raises(GfwsvdError, match=r"a\.weight should be \(2, 9\)"):
-        check_layers(ranks, tensors, shapes={"a": (6, 9), "b": (3, 5)})
+        check_layers(ranks, tensors, shapes={"a": (6, 9)})
     with pytest.raises(GfwsvdError, match=r"a\.up should be \(7, 2\)"):
         check_layers(ranks, tensors, shapes={"a": (7, 8), "b": (3, 5)})
 
