@@ -27,8 +27,8 @@ def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other:
             updated; the strict upper one keeps its values, whatever they are. `symmetrize(out)` gives the full matrix.
         x: (T, D) float32, float16 or bfloat16 (float64 on a CPU), any strides. T = 0 does nothing.
         weight: (T,) of out's dtype, non-negative. `sqrt(weight)` multiplies both operands, so the sum is positive
-            semi-definite to fp32 rounding. A negative weight is an error on a CPU; on a GPU, where looking would stall the
-            stream, it gives NaN.
+            semi-definite to fp32 rounding. A negative weight is an error on a CPU; on a GPU, where looking would stall
+            the stream, it gives NaN.
         other: (T, D) of x's dtype. The caller promises that the sum is symmetric: nothing else makes one triangle
             enough.
 

@@ -1,0 +1,154 @@
+"""Ahead-of-time compilation, which needs no GPU: what the launchers would run, and what the compiler makes of it.
+
+A launcher called on meta tensors inside `recorded_launches` launches nothing. Each launch that it would have done can
+then be compiled exactly as at run time, with its flags and the specialisation on its arguments. For a table of all that
+is shipped:
+
+    python -m gfwsvd_kernels.testing 80 90 100      # one JSON object a line; sm_80, sm_90, sm_100
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from gfwsvd_kernels import gram, lowrank, quadform, sequence, tiles
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TENSOR_CORE = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, its grid, its arguments by name and its options (num_warps, num_stages)."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def source(self) -> ASTSource:
+        """What the compiler is given: types, constants and alignments, as Triton derives them from the arguments."""
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            aligned = False
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + TYPES[value.dtype]
+                aligned = value.storage_offset() * value.element_size() % 16 == 0
+            elif parameter.is_constexpr or value is None or value == 1:
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = value
+            else:
+                signature[parameter.name] = "i32" if value < 2**31 else "i64"
+                aligned = value % 16 == 0
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch. Spills live on the stack; `tensor_core` names the PTX instructions found."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core: tuple[str, ...]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect the launches of Triton kernels instead of running them."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments |= {name: kwargs.pop(name) for name in kernel.arg_names if name in kwargs}
+        launches.append(Launch(kernel, grid, arguments, kwargs))
+
+    with patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile a launch for `sm_<arch>`; the `ptxas` and `cuobjdump` that come with Triton do the rest."""
+    compiled = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    found = tuple(name for name in TENSOR_CORE if name in compiled.asm["ptx"])
+    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, found)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@cache
+def shipped_launches(arch: int) -> tuple[Launch, ...]:
+    """The distinct launches that the operators make on an architecture: dtypes, flags, alignments of strides."""
+    target = tiles.Target(arch, tiles.H200.num_sms)
+    with recorded_launches() as launches:
+        _launch_all(torch.bfloat16, 4096, target)
+        _launch_all(torch.float32, 4096, target)
+        _launch_all(torch.float16, 4096, target)
+        _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
+    return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
+
+
+def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
+    empty = partial(torch.empty, device="meta")
+    few, many, rank = 8, 2048, width // 8
+    x, weight, e = empty(many, width, dtype=dtype), empty(many), empty(many, width)
+    A = out = empty(width, width)
+    for splits in (1, 2):
+        gram.gram_accumulate(out, x, target=target, splits=splits)
+        gram.gram_accumulate(out, x, weight, target=target, splits=splits)
+        gram.gram_accumulate(out, x, other=e, target=target, splits=splits)
+    quadform.quadratic_form(x, A, target=target)
+    for metric in (None, A):
+        sequence.sequence_unit_step(out, x, x, metric, empty(3, dtype=torch.int64), target=target)
+    down, up, bias = (empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
+    for num_tokens in (few, many):
+        lowrank.lowrank_linear(x[:num_tokens], down, up, bias, target=target)
+
+
+def report(arch: int, number: int) -> dict[str, Any]:
+    """One of the shipped launches, by its number, and what became of it, as plain values."""
+    launch = shipped_launches(arch)[number]
+    pointers = [kind for kind in launch.source().signature.values() if kind.startswith("*")]
+    flags = {name: value for name, value in launch.arguments.items() if name.isupper()} | launch.options
+    name = {"kernel": launch.kernel.__name__, "arch": arch, "pointers": " ".join(pointers), "flags": flags}
+    return name | asdict(compile_launch(launch, arch))
+
+
+def main() -> None:
+    jobs = [(arch, number) for arch in map(int, sys.argv[1:]) for number in range(len(shipped_launches(arch)))]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for row in pool.map(report, *zip(*jobs, strict=True)):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Shapes, layouts, oracles and error bounds that the tests of the kernels share."""
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in Triton's interpreter
+# The interpreter gets products of bfloat16 wrong, so there the kernels multiply bfloat16 in float32.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# name -> (tokens, width): around the tiles of 16 that the tests give the kernels, and beyond the shipped ones
+SHAPES = {
+    "one_element": (1, 1),
+    "one_token": (1, 45),
+    "odd": (37, 45),
+    "one_tile": (16, 16),
+    "exact_tiles": (64, 48),
+    "many_tiles": (90, 150),
+}
+LAYOUTS = ("contiguous", "transposed", "sliced", "every_other")
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same matrix with other strides, its surroundings in memory filled with NaN."""
+    rows, cols = values.shape
+    if layout == "contiguous":
+        return values
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "sliced":
+        view = values.new_full((rows + 2, cols + 5), float("nan"))[1:-1, 3:-2]
+    else:
+        view = values.new_full((2 * rows, 3 * cols), float("nan"))[::2, ::3]
+    return view.copy_(values)
+
+
+def positive_semidefinite(width: int) -> Tensor:
+    factor = torch.randn(width, width + 3, dtype=torch.float64)
+    return (factor @ factor.mT / width).float().to(DEVICE)
+
+
+def with_nan_above_diagonal(A: Tensor) -> Tensor:
+    return A.masked_fill(torch.ones_like(A, dtype=torch.bool).triu(1), float("nan"))
+
+
+def assert_as_good_as(peer: Tensor, actual: Tensor, oracle: Tensor) -> None:
+    """The error of `actual` is at most twice that of `peer` (the same by torch in the same dtype) and float32 rounding."""
+    assert actual.shape == oracle.shape
+    for norm in (torch.linalg.vector_norm, lambda error: torch.linalg.vector_norm(error, ord=float("inf"))):
+        bound = 2 * norm(peer.double() - oracle) + 2e-6 * norm(oracle)
+        assert norm(actual.double() - oracle) <= bound
+
+
+def least_eigenvalue(lower: Tensor) -> float:
+    """Relative to the largest, of the symmetric matrix with this lower triangle."""
+    eigenvalues = torch.linalg.eigvalsh(lower.double(), UPLO="L")
+    return (eigenvalues[0] / eigenvalues[-1]).item()
