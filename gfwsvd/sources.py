@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import GfwsvdError
@@ -17,7 +16,6 @@ from .texts import load_text as load_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError, SafetensorError)
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -57,8 +55,9 @@ def load_model(
             return *_load_pretrained(spec, dtype, device, auto_class), spec
     except GfwsvdError:
         raise
-    except _LOADING_ERRORS as error:
-        raise GfwsvdError(f"cannot load the model {spec}: {error}") from error
+    except Exception as error:  # of many kinds: the readers below fail in any way on what they cannot read
+        where = "" if path.exists() else " (no file or folder here; taken for a name on the hub)"
+        raise GfwsvdError(f"cannot load the model {spec}{where}: {type(error).__name__}: {error}") from error
 
 
 def _load_pretrained(
@@ -89,14 +88,16 @@ def _load_gguf(
 
     if not file.is_file():
         raise GfwsvdError(f"there is no file {file}")
+    model_class = _model_class(auto_class)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = _model_class(auto_class).from_pretrained(
+        model = model_class.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype or torch.float32, device_map=device
         )
-    except _LOADING_ERRORS as error:
-        raise GfwsvdError(_why_unreadable(file) or f"cannot load {file}: {error}") from error
+    except Exception as error:
+        reason = _why_unreadable(file) or f"cannot load {file}: {type(error).__name__}: {error}"
+        raise GfwsvdError(reason) from error
     return model, tokenizer
 
 
@@ -124,7 +125,7 @@ def _why_unreadable(file: Path) -> str | None:
 
     try:
         fields = GGUFReader(file).fields
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except Exception as error:
         return f"{file} is not a whole GGUF file ({error}); download or copy it again"
     if "tokenizer.ggml.tokens" not in fields:
         return f"{file} has no tokenizer in its metadata (tokenizer.ggml.tokens); take a GGUF file that includes one"

@@ -18,6 +18,8 @@ TEXT_FIELDS = (
     ("question", "answer"),
 )
 
+_SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
+
 
 def load_text(spec: str) -> str:
     """A text as one string.
@@ -27,8 +29,8 @@ def load_text(spec: str) -> str:
             - a .txt or .raw file (UTF-8), taken as it is;
             - a .jsonl or .parquet file of rows, or `FILE:FIELD` for the field to take;
             - a dataset on the hub, `owner/name[:config[:split]]`, split "train" by default;
-            - `pydoc`, the language reference that every Python brings along, `pydoc:calibration` or `pydoc:heldout`,
-              about three and one quarters of it that share no paragraph.
+            - `pydoc`, the language reference that every Python brings along; `pydoc:calibration` and `pydoc:heldout`,
+              about three quarters and one quarter of it, share no paragraph.
             Where no field is given, a row's text is the first of `TEXT_FIELDS` that the first row has, two fields of
             one entry joined by a newline. Rows are joined by an empty line.
 
@@ -39,7 +41,7 @@ def load_text(spec: str) -> str:
         text = _pydoc_text(spec.partition(":")[2])
     elif (file_and_field := _local_file(spec)) is not None:
         text = _read_file(*file_and_field)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", spec):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", spec) and Path(spec.partition(":")[0]).suffix not in _SUFFIXES:
         text = _rows_text(_dataset_rows(*spec.split(":", 2)), None, spec)
     else:
         raise GfwsvdError(
@@ -106,9 +108,7 @@ def _rows_text(rows: Iterable[Any], field: str | None, source: str) -> str:
         if not fields:
             fields = next((known for known in TEXT_FIELDS if all(name in row for name in known)), ())
             if not fields:
-                raise GfwsvdError(
-                    f"{source}: no field of {', '.join(row)} is known to hold the text; name one, FILE:FIELD"
-                )
+                raise GfwsvdError(f"{source}: which of the fields {', '.join(row)} is the text? Name it: FILE:FIELD")
         values = [row.get(name) for name in fields]
         if not all(isinstance(value, str) for value in values):
             raise GfwsvdError(f"{source}, row {number}: expected text in {' and '.join(fields)}")
