@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import GfwsvdError
 from .hooks import frozen, watch
-from .layers import find_linears
+from .layers import find_linears, fingerprint
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import (
     LABELS,
@@ -46,6 +46,7 @@ class Statistics:
         num_losses: loss terms (predicted tokens) of one pass.
         num_sequences: sequences of one pass.
         data_sha256: of the calibration batches.
+        model_sha256: of the layers' weights (`layers.fingerprint`).
         unreached: linear layers that no input came to.
         seconds: wall time of each pass.
     """
@@ -56,6 +57,7 @@ class Statistics:
     num_losses: int = 0
     num_sequences: int = 0
     data_sha256: str = ""
+    model_sha256: str = ""
     unreached: tuple[str, ...] = ()
     seconds: tuple[float, ...] = ()
 
@@ -94,8 +96,9 @@ def calibrate(
     collect = frozenset(collect)
     _check_settings(collect, unit, labels, sweeps, loss)
     if not collect:
-        sizes = {name: LayerStatistics(*_sizes(module)) for name, module in find_linears(model, exclude=exclude).items()}
-        return Statistics(sizes, collect, settings={})
+        linears = find_linears(model, exclude=exclude)
+        layers = {name: LayerStatistics(*_sizes(module)) for name, module in linears.items()}
+        return Statistics(layers, collect, settings={}, model_sha256=fingerprint(linears))
     batches = [dict(batch) for batch in batches]
     if not batches:
         raise GfwsvdError("calibration needs at least one batch, got none; give a longer text or more sequences")
@@ -109,6 +112,7 @@ def calibrate(
             collected=collect,
             settings=settings,
             data_sha256=data_sha256(batches),
+            model_sha256=fingerprint(reached),
             unreached=tuple(name for name in linears if name not in leaders),
         )
         collector = _Collector(model, reached, leaders, statistics, loss or _causal_lm_loss(labels, seed))

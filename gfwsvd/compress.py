@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calibration import Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
 from .factorize import Decomposition, decompose
-from .layers import LowRankLinear, dense_weight, find_linears
+from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from .methods import Method, method_named
 from .ranks import Candidate, allocate, check_keep
 from .statistics import LayerStatistics
@@ -206,14 +206,17 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
             f"{', '.join(sorted(statistics.collected)) or 'none'}: calibrate again"
         )
     linears = find_linears(model)
+    advice = "the statistics belong to another model; calibrate this one"
     for name, stats in statistics.layers.items():
         found = tuple(dense_weight(linears[name]).shape) if name in linears else "no linear layer"
         if found != (stats.d_out, stats.d_in):
             raise GfwsvdError(
-                f"the statistics have a layer {name} of weight {(stats.d_out, stats.d_in)}, the model has {found} there: "
-                f"they belong to another model; calibrate this one"
+                f"expected a layer {name} of weight {(stats.d_out, stats.d_in)}, the model has {found} there: {advice}"
             )
-    return {name: linears[name] for name in statistics.layers}
+    linears = {name: linears[name] for name in statistics.layers}
+    if fingerprint(linears) != statistics.model_sha256:
+        raise GfwsvdError(f"the model's weights are not those that were calibrated: {advice}")
+    return linears
 
 
 def _decompose(name: str, module: nn.Module, statistics: Statistics, row: Method, damping: float) -> Decomposition:

@@ -1,7 +1,8 @@
 """The compressed layer, and the linear layers of a model that it can stand for."""
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -110,3 +111,14 @@ def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, 
             f"the language-model head{' outside the excluded names' if patterns else ''}"
         )
     return linears
+
+
+def fingerprint(linears: Mapping[str, nn.Module]) -> str:
+    """A digest of the names, shapes and about a thousand values of each layer, the same in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, module in linears.items():
+        weight = dense_weight(module)
+        sample = weight[:: weight.shape[0] // 32 + 1, :: weight.shape[1] // 32 + 1].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
