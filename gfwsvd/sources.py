@@ -154,8 +154,8 @@ def token_batches(
     *,
     sequences: int,
     seq_len: int,
-    batch_size: int,
-    seed: int,
+    batch_size: int = 4,
+    seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Calibration batches: windows of a text, drawn at random without overlap, every placement equally likely.
 

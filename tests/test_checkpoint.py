@@ -3,11 +3,8 @@
 import errno
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -166,35 +163,43 @@ except GfwsvdError as error:
     assert os.listdir(tmp_path) == []
 
 
-SLOW_WRITER = """
-import sys, time
+KILLED_WRITERS = """
+import json, os, random, signal, sys, time
 from gfwsvd.folders import atomic_folder
-for version in range(1000000):
-    with atomic_folder(sys.argv[1], overwrite=True) as folder:
-        for name in "abcd":
-            (folder / name).write_text(sys.argv[2] + str(version))
-            time.sleep(0.002)
-    if version == 0:
-        print("started", flush=True)
+
+target, generator = sys.argv[1], random.Random(0)
+for run in range(30):
+    if (writer := os.fork()) == 0:
+        for version in range(1000000):
+            with atomic_folder(target, overwrite=True) as folder:
+                for name in "abcd":
+                    (folder / name).write_text(f"{run}-{version}")
+                    time.sleep(0.002)
+    time.sleep(generator.uniform(0, 0.06))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    found = {}
+    if os.path.exists(target):
+        for name in os.listdir(target):
+            with open(os.path.join(target, name)) as file:
+                found[name] = file.read()
+    print(json.dumps([found, len(os.listdir(os.path.dirname(target)))]))
 """
 
 
 def test_a_kill_at_any_moment_leaves_one_whole_version_and_the_next_write_tidies_up(tmp_path):
     target = tmp_path / "out"
-    generator = random.Random(0)
-    leftovers = 0
-    for run in range(8):
-        command = [sys.executable, "-c", SLOW_WRITER, str(target), f"{run}-"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None and writer.stdout.readline() == b"started\n"
-            time.sleep(generator.uniform(0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-        found = content(target)
-        assert sorted(found) == ["a", "b", "c", "d"]
-        assert len(set(found.values())) == 1
-        assert found["a"].startswith(f"{run}-")
-        leftovers += len(os.listdir(tmp_path)) - 1
-    assert leftovers > 0, "no kill hit a write: the test shows nothing"
+    command = [sys.executable, "-c", KILLED_WRITERS, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(runs) == 30
+    for found, _ in runs:
+        assert not found or sorted(found) == ["a", "b", "c", "d"]
+        assert len(set(found.values())) <= 1, "files of different versions in one folder"
+    written = [bool(found) for found, _ in runs]
+    assert written == sorted(written) and written[-1], "a folder that was there has gone"
+    assert any(entries > 1 for _, entries in runs), "no kill hit a write: the test shows nothing"
     write(target, "last", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
 
