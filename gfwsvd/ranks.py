@@ -38,11 +38,19 @@ class Candidate:
 
 
 def check_keep(keep: float) -> None:
-    """Raises GfwsvdError unless `keep` is a share in (0, 1]."""
+    """GfwsvdError unless `keep` is a share in (0, 1]."""
     if not 0 < keep <= 1:
         raise GfwsvdError(
             f"keep must be a share of parameters in (0, 1], got {keep}; for 20 % fewer parameters say keep 0.8"
         )
+
+
+def check_ranks(ranks: str, rank_multiple: int) -> None:
+    """GfwsvdError unless `ranks` is one of `RANKS` and `rank_multiple` at least 1."""
+    if ranks not in RANKS:
+        raise GfwsvdError(f"ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
+    if rank_multiple < 1:
+        raise GfwsvdError(f"rank multiple must be at least 1, got {rank_multiple}")
 
 
 def allocate(
@@ -55,26 +63,28 @@ def allocate(
         keep: share of parameters to store, in (0, 1]; at 1 every layer stays dense.
         ranks: "uniform" gives each layer the share `keep` of its own size; "global" minimises the summed loss under
             the shared budget with one Lagrange multiplier, and leaves a layer dense where that is cheaper.
-        rank_multiple: ranks are multiples of it, as far as a layer is large enough.
+        rank_multiple: ranks are multiples of it, as far as a layer (with "uniform", its share) is large enough.
 
     Raises:
         GfwsvdError: unknown `ranks`, `keep` or `rank_multiple` out of range, or a budget below the smallest ranks.
     """
     check_keep(keep)
-    if ranks not in RANKS:
-        raise GfwsvdError(f"ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
-    if rank_multiple < 1:
-        raise GfwsvdError(f"rank multiple must be at least 1, got {rank_multiple}")
+    check_ranks(ranks, rank_multiple)
     if keep == 1:
         return dict.fromkeys(candidates)
     if ranks == "uniform":
-        return {name: _uniform(layer, keep, rank_multiple) for name, layer in candidates.items()}
+        return {name: _uniform(name, layer, keep, rank_multiple) for name, layer in candidates.items()}
     return _global(candidates, keep, rank_multiple)
 
 
-def _uniform(layer: Candidate, keep: float, multiple: int) -> int:
-    affordable = int(keep * layer.dense / (layer.d_out + layer.d_in))
-    return max(affordable // multiple * multiple, min(multiple, affordable), 1)
+def _uniform(name: str, layer: Candidate, keep: float, multiple: int) -> int:
+    affordable = int(keep * layer.dense) // (layer.d_out + layer.d_in)  # the division of integers rounds nothing up
+    if affordable < 1:
+        raise GfwsvdError(
+            f"keep {keep} of layer {name} ({layer.d_out} x {layer.d_in}) is less than rank 1 stores; raise keep, exclude "
+            f"the layer, or take global ranks"
+        )
+    return affordable // multiple * multiple or affordable
 
 
 class _Choices:
@@ -82,7 +92,7 @@ class _Choices:
 
     def __init__(self, layer: Candidate, multiple: int) -> None:
         largest = (layer.dense - 1) // (layer.d_out + layer.d_in)  # above it dense is smaller and exact
-        ranks = list(range(multiple, largest + 1, multiple)) or [max(largest, 1)]
+        ranks = list(range(multiple, largest + 1, multiple)) or ([largest] if largest else [])
         self.ranks: Sequence[int | None] = [*ranks, None]
         self.stored = torch.tensor([layer.stored(rank) for rank in self.ranks], dtype=torch.float64)
         tails = layer.tails().cpu()
@@ -125,11 +135,11 @@ def _spend(picked: dict[str, int], choices: Mapping[str, _Choices], left_over: f
         best_gain, best_step = 0.0, None
         for name, index in picked.items():
             choice = choices[name]
-            price = choice.stored[index + 1 :] - choice.stored[index]
-            gains = torch.where(price <= left_over, (choice.losses[index] - choice.losses[index + 1 :]) / price, 0.0)
+            prices = choice.stored[index + 1 :] - choice.stored[index]
+            gains = torch.where(prices <= left_over, (choice.losses[index] - choice.losses[index + 1 :]) / prices, 0.0)
             if gains.numel() and gains.max() > best_gain:
                 step = int(gains.argmax())
-                best_gain, best_step = gains[step].item(), (name, index + 1 + step, price[step].item())
+                best_gain, best_step = gains[step].item(), (name, index + 1 + step, prices[step].item())
         if best_step is None:
             return
         name, index, price = best_step

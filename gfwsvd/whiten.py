@@ -1,5 +1,6 @@
 """Whitening: the damped square root of a metric, by a float64 Cholesky factorisation."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,27 +33,22 @@ class Root:
 
     def times(self, matrix: Tensor) -> Tensor:
         """`matrix @ C`."""
-        match self.route:
-            case "identity":
-                return matrix
-            case "diagonal":
-                return matrix * self.factor
-            case "cholesky":
-                return matrix @ self.factor
-            case _:
-                return (matrix @ self.factor) * self.scales
+        if self.factor is None:
+            return matrix
+        if self.factor.dim() == 1:
+            return matrix * self.factor
+        product = matrix @ self.factor
+        return product if self.scales is None else product * self.scales
 
     def solve(self, matrix: Tensor) -> Tensor:
         """`matrix @ C⁻¹`."""
-        match self.route:
-            case "identity":
-                return matrix
-            case "diagonal":
-                return matrix / self.factor
-            case "cholesky":
-                return torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
-            case _:
-                return (matrix / self.scales) @ self.factor.T
+        if self.factor is None:
+            return matrix
+        if self.factor.dim() == 1:
+            return matrix / self.factor
+        if self.scales is None:
+            return torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
+        return (matrix / self.scales) @ self.factor.T
 
 
 def root(metric: Metric, *, damping: float, name: str) -> Root:
@@ -67,12 +63,17 @@ def root(metric: Metric, *, damping: float, name: str) -> Root:
         name: what to call the metric in errors, for instance "left metric of layer model.layers.0.mlp.up_proj".
 
     Raises:
-        GfwsvdError: when the metric is not finite, is zero everywhere, or is far from positive semi-definite.
+        GfwsvdError: when the metric is not finite, is zero everywhere, or is far from positive semi-definite; a damping
+            that is negative or not finite.
     """
+    if not 0 <= damping < math.inf:
+        raise GfwsvdError(f"damping must be a number from 0 up, relative to the mean diagonal, got {damping}")
     if metric is None:
         return Root("identity")
     if not torch.isfinite(metric if metric.dim() == 1 else metric.tril()).all():
-        raise GfwsvdError(f"{name} must be finite, got NaN or inf: its calibration statistics are broken; collect again")
+        raise GfwsvdError(
+            f"{name} must be finite, got NaN or inf: its calibration statistics are broken; collect again"
+        )
     scale = mean_diagonal(metric)
     if scale <= 0:
         raise GfwsvdError(
@@ -99,7 +100,7 @@ def _eigen_root(damped: Tensor, *, damping: float, scale: float, name: str) -> R
     if smallest < -1e-4 * largest:
         raise GfwsvdError(
             f"{name} is singular and not positive semi-definite: its eigenvalues run from {smallest:.3e} to "
-            f"{largest:.3e}; raise damping above {-smallest / scale:.1e}, or calibrate with more tokens"
+            f"{largest:.3e}; raise damping above {damping - smallest / scale:.1e}, or calibrate with more tokens"
         )
     floor = _EIGENVALUE_FLOOR * largest
     raised = values.clamp(min=floor)
@@ -114,7 +115,8 @@ def _eigen_root(damped: Tensor, *, damping: float, scale: float, name: str) -> R
 
 def _condition(matrix: Tensor, factor: Tensor) -> float:
     """Condition number of `matrix = factor factorᵀ`, estimated by power and inverse iteration."""
-    start = torch.linspace(1, 2, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)[:, None]
+    generator = torch.Generator().manual_seed(0)  # of no particular direction, and the same at every call
+    start = torch.randn(matrix.shape[0], 1, generator=generator, dtype=matrix.dtype).to(matrix.device)
     big, small = start / start.norm(), start / start.norm()
     for _ in range(_POWER_STEPS):
         big = matrix @ big

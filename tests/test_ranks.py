@@ -1,0 +1,252 @@
+"""Rank allocation: never over the budget, and as good as one multiplier for all layers can be."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gfwsvd.errors import GfwsvdError
+from gfwsvd.ranks import RANKS, Candidate, allocate
+
+
+def _layer(d_out, d_in, *, decay=1.0, scale=1.0, seed=0):
+    size = min(d_out, d_in)
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(seed + d_out * d_in), dtype=torch.float64)
+    return Candidate(
+        d_out, d_in, (scale * (0.5 + noise) * torch.arange(1, size + 1) ** -decay).sort(descending=True)[0]
+    )
+
+
+MODEL = {
+    "q": _layer(24, 24, decay=0.5),
+    "k": _layer(8, 24, decay=0.1, scale=3),
+    "up": _layer(64, 24, decay=1.5),
+    "down": _layer(24, 64, decay=0.2, scale=0.1),
+}
+
+
+def _stored(candidates, ranks):
+    return sum(candidates[name].stored(rank) for name, rank in ranks.items())
+
+
+def _dense(candidates):
+    return sum(layer.dense for layer in candidates.values())
+
+
+def _loss(candidates, ranks):
+    return sum(0.0 if rank is None else candidates[name].tails()[rank].item() for name, rank in ranks.items())
+
+
+@st.composite
+def models(draw):
+    layers = {}
+    for index in range(draw(st.integers(1, 3))):
+        d_out, d_in = draw(st.integers(2, 9)), draw(st.integers(2, 9))
+        spectrum = draw(st.lists(st.floats(0, 1e3), min_size=min(d_out, d_in), max_size=min(d_out, d_in)))
+        layers[str(index)] = Candidate(d_out, d_in, torch.tensor(sorted(spectrum, reverse=True), dtype=torch.float64))
+    return layers
+
+
+@given(models(), st.floats(0.01, 1), st.sampled_from(RANKS), st.integers(1, 4))
+def test_an_allocation_stays_within_the_budget_or_says_that_none_does(candidates, keep, ranks, multiple):
+    try:
+        chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=multiple)
+    except GfwsvdError as error:
+        assert "keep" in str(error)
+        return
+    assert list(chosen) == list(candidates)
+    assert _stored(candidates, chosen) <= keep * _dense(candidates)
+    for name, rank in chosen.items():
+        layer = candidates[name]
+        assert rank is None or 1 <= rank < min(layer.d_out, layer.d_in)
+        assert rank is None or layer.stored(rank) < layer.dense, "a low-rank layer stores less than the dense one"
+
+
+def _all_choices(candidates):
+    """Stored parameters and loss of every allocation there is at rank multiple 1."""
+    states = [
+        [rank for rank in range(1, min(layer.d_out, layer.d_in) + 1) if layer.stored(rank) < layer.dense] + [None]
+        for layer in candidates.values()
+    ]
+    for combination in itertools.product(*states):
+        ranks = dict(zip(candidates, combination, strict=True))
+        yield _stored(candidates, ranks), _loss(candidates, ranks)
+
+
+def _hull(points):
+    """The corners of the lower convex hull of (stored, loss), from the least stored on, while the loss falls."""
+    corners = []
+    for point in sorted(points):
+        if corners and point[1] >= corners[-1][1]:
+            continue
+        while len(corners) > 1 and (corners[-1][1] - corners[-2][1]) * (point[0] - corners[-2][0]) >= (
+            point[1] - corners[-2][1]
+        ) * (corners[-1][0] - corners[-2][0]):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+@given(models(), st.floats(0.2, 0.99))
+def test_global_loses_no_more_than_the_last_corner_of_the_hull_within_the_budget(candidates, keep):
+    """A multiplier reaches exactly the corners of the convex hull of all allocations: between two of them the optimum
+    may be lower than what it finds, by less than the loss between the corners."""
+    points = list(_all_choices(candidates))
+    budget = keep * _dense(candidates)
+    affordable = [loss for stored, loss in points if stored <= budget]
+    if not affordable:
+        with pytest.raises(GfwsvdError, match="smallest ranks"):
+            allocate(candidates, keep=keep, ranks="global")
+        return
+    found = _loss(candidates, allocate(candidates, keep=keep, ranks="global"))
+    corner = [loss for stored, loss in _hull(points) if stored <= budget][-1]
+    total = sum(layer.tails()[0].item() for layer in candidates.values())
+    assert min(affordable) - 1e-9 * total <= found <= corner + 1e-9 * total
+
+
+@given(models(), st.data())
+def test_global_is_the_optimum_where_the_budget_is_a_corner_of_the_hull(candidates, data):
+    points = list(_all_choices(candidates))
+    corners = [point for point in _hull(points) if point[0] < _dense(candidates)]
+    if not corners:
+        return
+    stored, loss = data.draw(st.sampled_from(corners))
+    keep = (stored + 0.5) / _dense(candidates)
+    total = sum(layer.tails()[0].item() for layer in candidates.values())
+    assert _loss(candidates, allocate(candidates, keep=keep, ranks="global")) <= loss + 1e-9 * total
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.9])
+def test_global_loses_less_than_uniform_at_the_same_keep(keep):
+    uniform, shared = (allocate(MODEL, keep=keep, ranks=ranks) for ranks in RANKS)
+    assert _loss(MODEL, shared) < 0.9 * _loss(MODEL, uniform)
+
+
+@given(models(), st.floats(0.5, 0.99))
+def test_global_never_loses_more_than_uniform_by_more_than_the_gap_to_the_next_corner(candidates, keep):
+    try:
+        uniform = allocate(candidates, keep=keep, ranks="uniform")
+    except GfwsvdError:
+        return
+    shared = allocate(candidates, keep=keep, ranks="global")
+    corners = _hull(_all_choices(candidates))
+    index = max(index for index, (stored, _) in enumerate(corners) if stored <= keep * _dense(candidates))
+    gap = corners[index][1] - corners[min(index + 1, len(corners) - 1)][1]
+    total = sum(layer.tails()[0].item() for layer in candidates.values())
+    assert _loss(candidates, shared) <= _loss(candidates, uniform) + gap + 1e-9 * total
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.8])
+def test_global_does_not_depend_on_the_unit_of_the_loss(keep):
+    plain = allocate(MODEL, keep=keep, ranks="global")
+    for unit in (1e-12, 1e12):
+        scaled = {name: Candidate(c.d_out, c.d_in, c.spectrum * unit**0.5) for name, c in MODEL.items()}
+        assert allocate(scaled, keep=keep, ranks="global") == plain
+
+
+def test_global_spends_the_budget_to_less_than_one_step():
+    for keep in (0.35, 0.61, 0.83):
+        chosen = allocate(MODEL, keep=keep, ranks="global")
+        left_over = keep * _dense(MODEL) - _stored(MODEL, chosen)
+        for name, rank in chosen.items():
+            layer = MODEL[name]
+            steps = [] if rank is None else [layer.dense - layer.stored(rank)]
+            if rank is not None and layer.stored(rank + 1) < layer.dense:
+                steps.append(layer.d_out + layer.d_in)
+            assert all(step > left_over for step in steps), f"{name} could have had more"
+
+
+def test_a_layer_stays_dense_where_it_is_worth_its_parameters():
+    candidates = {
+        "precious": Candidate(16, 16, torch.full((16,), 100.0)),
+        "cheap": Candidate(64, 64, torch.full((64,), 0.01)),
+    }
+    chosen = allocate(candidates, keep=0.5, ranks="global")
+    assert chosen["precious"] is None
+    assert chosen["cheap"] is not None
+
+
+def test_a_weight_of_zeros_gets_the_smallest_rank():
+    candidates = {"zero": Candidate(16, 16, torch.zeros(16)), "other": _layer(16, 16, decay=0)}
+    assert allocate(candidates, keep=0.6, ranks="global")["zero"] == 1
+    only_zero = {"zero": Candidate(16, 16, torch.zeros(16))}
+    assert _stored(only_zero, allocate(only_zero, keep=0.5, ranks="global")) <= 128
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_are_multiples_where_the_layer_is_large_enough(ranks, multiple):
+    for name, rank in allocate(MODEL, keep=0.8, ranks=ranks, rank_multiple=multiple).items():
+        assert rank is None or rank % multiple == 0, name
+
+
+def test_a_layer_too_small_for_the_multiple_takes_what_fits():
+    candidates = {"small": _layer(6, 6), "large": _layer(64, 64)}
+    for ranks in RANKS:
+        chosen = allocate(candidates, keep=0.8, ranks=ranks, rank_multiple=8)
+        assert chosen["small"] in (2, None)
+        assert chosen["large"] is not None and chosen["large"] % 8 == 0
+
+
+def test_a_layer_that_no_rank_makes_smaller_stays_dense_in_a_global_allocation():
+    candidates = {"scores": _layer(1, 64), "pair": _layer(2, 2), "large": _layer(64, 64, decay=0)}
+    for keep in (0.1, 0.5, 0.9):
+        chosen = allocate(candidates, keep=keep, ranks="global")
+        assert chosen["scores"] is None and chosen["pair"] is None
+        assert _stored(candidates, chosen) <= keep * _dense(candidates)
+
+
+def test_uniform_gives_every_layer_its_share_to_less_than_one_step():
+    for keep in (0.3, 0.5, 0.8, 0.999):
+        for name, rank in allocate(MODEL, keep=keep, ranks="uniform").items():
+            layer = MODEL[name]
+            assert layer.stored(rank) <= keep * layer.dense < layer.stored(rank + 1)
+
+
+def test_uniform_names_the_layer_for_which_the_share_buys_no_rank():
+    with pytest.raises(GfwsvdError, match="scores.*global"):
+        allocate({"large": _layer(64, 64), "scores": _layer(1, 64)}, keep=0.8, ranks="uniform")
+    with pytest.raises(GfwsvdError, match="k"):
+        allocate(MODEL, keep=0.02, ranks="uniform")
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_keep_one_leaves_every_layer_dense(ranks):
+    assert allocate(MODEL, keep=1, ranks=ranks) == dict.fromkeys(MODEL)
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.0001, 80, math.nan, math.inf])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_keep_that_is_no_share_is_refused(keep, ranks):
+    with pytest.raises(GfwsvdError, match=r"keep must be .*\(0, 1\]"):
+        allocate(MODEL, keep=keep, ranks=ranks)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1])
+def test_unknown_ranks_are_refused_with_those_there_are(keep):
+    with pytest.raises(GfwsvdError, match="uniform, global, got 'adaptive'"):
+        allocate(MODEL, keep=keep, ranks="adaptive")
+
+
+@pytest.mark.parametrize("multiple", [0, -8])
+def test_a_rank_multiple_below_one_is_refused(multiple):
+    with pytest.raises(GfwsvdError, match="rank multiple"):
+        allocate(MODEL, keep=0.5, ranks="global", rank_multiple=multiple)
+
+
+def test_a_budget_below_the_smallest_ranks_says_which_keep_would_do():
+    with pytest.raises(GfwsvdError, match="smallest ranks") as caught:
+        allocate(MODEL, keep=0.2, ranks="global", rank_multiple=8)
+    needed = float(str(caught.value).split("need: ")[1].split()[0])
+    assert allocate(MODEL, keep=needed + 1e-4, ranks="global", rank_multiple=8)
+
+
+@given(st.floats(0.01, 0.99))
+def test_a_share_of_binary_fractions_does_not_lose_a_rank_to_rounding(share):
+    layer = Candidate(64, 64, torch.ones(64))
+    rank = max(1, int(share * 31))
+    chosen = allocate({"layer": layer}, keep=layer.stored(rank) / layer.dense, ranks="uniform")
+    assert chosen == {"layer": rank}
