@@ -17,7 +17,7 @@ RANKS = ("uniform", "global")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer in the allocation: `spectrum` holds its whitened singular values in descending order, (min(D_OUT, D_IN),)."""
+    """A layer in the allocation; `spectrum` holds its whitened singular values, descending, (min(D_OUT, D_IN),)."""
 
     d_out: int
     d_in: int
@@ -81,8 +81,8 @@ def _uniform(name: str, layer: Candidate, keep: float, multiple: int) -> int:
     affordable = int(keep * layer.dense) // (layer.d_out + layer.d_in)  # the division of integers rounds nothing up
     if affordable < 1:
         raise GfwsvdError(
-            f"keep {keep} of layer {name} ({layer.d_out} x {layer.d_in}) is less than rank 1 stores; raise keep, exclude "
-            f"the layer, or take global ranks"
+            f"keep {keep} of layer {name} ({layer.d_out} x {layer.d_in}) is less than rank 1 stores; raise keep, "
+            f"exclude the layer, or take global ranks"
         )
     return affordable // multiple * multiple or affordable
 
@@ -115,8 +115,8 @@ def _global(candidates: Mapping[str, Candidate], keep: float, multiple: int) -> 
     smallest = dict.fromkeys(choices, 0)
     if stored(smallest) > budget:
         raise GfwsvdError(
-            f"keep {keep} is below what the smallest ranks need: {stored(smallest) / budget * keep:.4f} at rank multiple "
-            f"{multiple}; raise keep or lower the rank multiple"
+            f"keep {keep} is below what the smallest ranks need: {stored(smallest) / budget * keep:.4f} at rank "
+            f"multiple {multiple}; raise keep or lower the rank multiple"
         )
     low, high = 0.0, max(choice.losses[0].item() / choice.stored[0].item() for choice in choices.values()) + 1e-300
     while stored(pick(high)) > budget:

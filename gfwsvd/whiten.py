@@ -55,7 +55,8 @@ def root(metric: Metric, *, damping: float, name: str) -> Root:
     """The square root of `metric` after adding `damping` times its mean diagonal to the diagonal.
 
     Cholesky in float64 on a copy; where it refuses (the damped matrix is not numerically positive definite), an
-    eigendecomposition whose eigenvalues are raised to 1e-12 of the largest. The extra amount counts into `Root.damping`.
+    eigendecomposition whose eigenvalues are raised to 1e-12 of the largest. The extra amount counts into
+    `Root.damping`.
 
     Args:
         metric: None, (D,) or (D, D); of a matrix only the lower triangle is read.
@@ -71,9 +72,7 @@ def root(metric: Metric, *, damping: float, name: str) -> Root:
     if metric is None:
         return Root("identity")
     if not torch.isfinite(metric if metric.dim() == 1 else metric.tril()).all():
-        raise GfwsvdError(
-            f"{name} must be finite, got NaN or inf: its calibration statistics are broken; collect again"
-        )
+        raise GfwsvdError(f"{name} must be finite, got NaN or inf: its statistics are broken; calibrate again")
     scale = mean_diagonal(metric)
     if scale <= 0:
         raise GfwsvdError(

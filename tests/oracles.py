@@ -32,7 +32,7 @@ def gradient_samples(x: Tensor, g: Tensor, cu_seqlens: Tensor, unit: str) -> Ten
 
 
 def rearranged(samples: Tensor) -> Tensor:
-    """Van Loan's rearrangement of `sum_i vec(G_i) vec(G_i)ᵀ`: (D_OUT², D_IN²); `left ⊗ right` becomes a rank one matrix."""
+    """Van Loan's rearrangement of `sum_i vec(G_i) vec(G_i)ᵀ`, (D_OUT², D_IN²); of `left ⊗ right`, it has rank one."""
     _, d_out, d_in = samples.shape
     return torch.einsum("nac,nbd->abcd", samples, samples).reshape(d_out**2, d_in**2)
 
@@ -87,7 +87,7 @@ class WeightPerToken(nn.Module):
 
 
 def gradients_per_token(model: nn.Module, name: str, batch: dict[str, Tensor], loss) -> Tensor:
-    """The gradient of the summed loss by the weight of a layer at each token, (B, S, D_OUT, D_IN), by autograd alone."""
+    """The gradient of the summed loss by a layer's weight at each token, (B, S, D_OUT, D_IN), by autograd alone."""
     original = model.get_submodule(name)
     weight = original.weight.T if type(original).__name__ == "Conv1D" else original.weight
     layer = WeightPerToken(weight, original.bias, tuple(batch["input_ids"].shape))
