@@ -93,11 +93,13 @@ def linear(
     """x (T, D_IN) times weight (D_OUT, D_IN) transposed, plus bias; in float32 where those dtypes differ."""
     num_tokens, d_in = x.shape
     d_out = weight.shape[0]
-    y = torch.empty(num_tokens, d_out, dtype=out_dtype, device=x.device)
+    interpreted_bf16 = tiles.interpreted_bf16(x)
+    stored_dtype = torch.float32 if interpreted_bf16 else out_dtype  # the interpreter truncates to bfloat16
+    y = torch.empty(num_tokens, d_out, dtype=stored_dtype, device=x.device)
     if y.numel() == 0:
-        return y
+        return y.to(out_dtype)
     tiles.check_strides(x=x, weight=weight, y=y)
-    upcast = x.dtype != weight.dtype or tiles.interpreted_bf16(x)
+    upcast = x.dtype != weight.dtype or interpreted_bf16
     kernel = "linear_few" if num_tokens <= FEW_TOKENS else "linear"
     tile = tile or tiles.tile(
         kernel, target or tiles.target(x.device), torch.float32 if upcast else x.dtype, y, x, weight
@@ -121,7 +123,7 @@ def linear(
         UPCAST=upcast,
         **tile.options(),
     )
-    return y
+    return y.to(out_dtype)
 
 
 def lowrank_linear(

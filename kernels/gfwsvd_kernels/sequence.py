@@ -16,6 +16,7 @@ from gfwsvd_kernels import gram, lowrank, tiles
 from gfwsvd_kernels.reference import symmetrize
 
 PANEL_ELEMENTS = 2**26  # of the float32 workspace for K: 256 MB
+PANEL_ROWS = 256  # at least: fewer would leave SMs idle, and 256 rows of a million tokens are still 1 GB
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def block_diagonal_product(
     start, stop = cu_seqlens[sequence - 1].int(), cu_seqlens[sequence].int()
 
     e = torch.empty(num_tokens, d_out, dtype=torch.float32, device=x.device)
-    panel = min(num_tokens, max(PANEL_ELEMENTS // num_tokens, 256))
+    panel = min(num_tokens, max(PANEL_ELEMENTS // num_tokens, PANEL_ROWS))
     scores = torch.empty(panel, num_tokens, dtype=torch.float32, device=x.device)
     scores_dtype = torch.float32 if upcast else x.dtype
     scores_tile = tile or tiles.tile("scores", target, scores_dtype, y, x, scores)

@@ -116,7 +116,7 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 
 def interpreted_bf16(operand: Tensor) -> bool:
-    """Whether a kernel must multiply in float32 because Triton's interpreter gets products of bfloat16 wrong."""
+    """Whether a kernel must multiply in float32 because Triton's interpreter gets bfloat16 wrong."""
     return operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
 
@@ -129,16 +129,16 @@ def check_strides(**tensors: Tensor) -> None:
 
 
 def token_splits(num_tokens: int, num_tiles: int, num_sms: int, least_tokens: int) -> int:
-    """Into how many parts to cut the tokens so that `num_tiles` output tiles fill the SMs.
+    """Into how many parts to cut the tokens, so that the programs, one for each output tile and part, fill the SMs.
 
-    The smallest count that keeps 90 % of the SMs busy over all waves, else the count that keeps most busy, among those
-    that leave every part `least_tokens` and need no more than four waves of programs (past which one split is as good).
+    The smallest count that keeps 90 % of the SMs busy over all waves of programs, else the one that keeps most busy,
+    among those that leave each part `least_tokens` and make at most eight waves, as many waves hardly idle anyway.
     """
-    most = max(1, min(num_tokens // least_tokens, 4 * num_sms // num_tiles))
+    most = max(1, min(num_tokens // least_tokens, 8 * num_sms // num_tiles))
 
     def busy(splits: int) -> float:
         programs = splits * num_tiles
         return programs / (-(-programs // num_sms) * num_sms)
 
     counts = range(1, most + 1)
-    return next((s for s in counts if busy(s) >= 0.9), max(counts, key=busy))
+    return next((count for count in counts if busy(count) >= 0.9), max(counts, key=busy))

@@ -43,7 +43,7 @@ def with_nan_above_diagonal(A: Tensor) -> Tensor:
 
 
 def assert_as_good_as(peer: Tensor, actual: Tensor, oracle: Tensor) -> None:
-    """The error of `actual` is at most twice that of `peer` (the same by torch in the same dtype) and float32 rounding."""
+    """The error of `actual` is at most twice that of `peer`, which torch computed in the same dtype, plus rounding."""
     assert actual.shape == oracle.shape
     for norm in (torch.linalg.vector_norm, lambda error: torch.linalg.vector_norm(error, ord=float("inf"))):
         bound = 2 * norm(peer.double() - oracle) + 2e-6 * norm(oracle)

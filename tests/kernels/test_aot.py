@@ -1,0 +1,47 @@
+"""The gate before a GPU: what is shipped compiles for three architectures, without spills, for their tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Shared memory that a block may have: 8.6 and 8.9 run the tiles of 8.0 and have the least.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The small tiles have fewer rows than a wgmma or tcgen05 instruction, so any architecture runs them by mma.sync.
+INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """Every shipped launch with what the compiler made of it, in a process without the interpreter, nothing cached."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "gfwsvd_kernels.testing", *map(str, INSTRUCTION)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled_for_every_architecture_and_dtype(compiled):
+    found = {(row["kernel"], row["arch"], row["pointers"].split()[1]) for row in compiled}
+    for arch in INSTRUCTION:
+        for kernel in ("gram_kernel", "quadratic_form_kernel", "scores_kernel", "linear_kernel"):
+            for dtype in ("*fp32", "*fp16", "*bf16"):
+                assert (kernel, arch, dtype) in found
+        assert ("apply_kernel", arch, "*fp32") in found
+
+
+def test_nothing_spills(compiled):
+    assert [row for row in compiled if row["stack_bytes"] or row["registers"] > 255] == []
+
+
+def test_products_run_on_the_tensor_cores_of_the_architecture(compiled):
+    for row in compiled:
+        few_rows = row["flags"].get("BLOCK_T") == 16 and row["kernel"] == "linear_kernel"
+        assert ("mma.sync" if few_rows else INSTRUCTION[row["arch"]]) in row["tensor_core"], row
+
+
+def test_a_block_fits_the_shared_memory(compiled):
+    assert [row for row in compiled if row["shared_bytes"] > SHARED_BYTES[row["arch"]]] == []

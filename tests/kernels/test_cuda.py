@@ -1,0 +1,117 @@
+"""The operators on a GPU: dispatch, large shapes, and what an interpreter cannot show (bfloat16, concurrency)."""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, assert_as_good_as, least_eigenvalue, with_nan_above_diagonal
+
+from gfwsvd_kernels import gram, gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+SIZES = [(5, 3), (700, 333), (4096, 1024), (1000, 2048)]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def metric(width: int) -> torch.Tensor:
+    factor = normal(width, width + 3)
+    return factor @ factor.mT / width
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gram_accumulate_agrees_with_float64(size, dtype, weighted):
+    x = normal(*size, dtype=dtype)
+    weight = torch.rand(size[0], device="cuda") if weighted else None
+    scaled = x if weight is None else (x.float() * weight.sqrt()[:, None]).to(dtype)
+    exact = x.double() if weight is None else x.double() * weight.double().sqrt()[:, None]
+    out = torch.zeros(size[1], size[1], device="cuda")
+    gram_accumulate(out, x, weight)
+    assert_as_good_as((scaled.double().mT @ scaled.double()).tril(), out, (exact.mT @ exact).tril())
+    assert least_eigenvalue(out) > -1e-5
+
+
+def test_split_tokens_add_every_part_exactly_once():
+    """Integers, so that any order of additions gives the same bits and a lost or doubled one shows."""
+    x = torch.randint(-3, 4, (100_000, 200), device="cuda").bfloat16()
+    expected = (x.double().mT @ x.double()).tril()
+    for splits in (2, 7, 64):
+        out = torch.zeros(200, 200, device="cuda")
+        gram.gram_accumulate(out, x, splits=splits)
+        assert torch.equal(out.double(), expected)
+
+
+def test_deterministic_mode_repeats_bit_for_bit():
+    x = normal(50_000, 300, dtype=torch.bfloat16)
+    results = [torch.zeros(300, 300, device="cuda") for _ in range(3)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for out in results:
+            gram_accumulate(out, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quadratic_form_agrees_with_float64(size, dtype):
+    x, A = normal(*size, dtype=dtype), metric(size[1])
+    oracle = ((x.double() @ A.double()) * x.double()).sum(1)
+    peer = ((x @ A.to(dtype)).float() * x.float()).sum(1)
+    assert_as_good_as(peer, quadratic_form(x, with_nan_above_diagonal(A)), oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_sequence_unit_step_agrees_with_float64(dtype, with_metric):
+    lengths = [1, 512, 0, 300, 77]
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    x, g = normal(sum(lengths), 640, dtype=dtype), normal(sum(lengths), 384, dtype=dtype)
+    A = metric(640) if with_metric else None
+    oracle = torch.zeros(384, 384, device="cuda", dtype=torch.float64)
+    for xs, gs in zip(x.double().split(lengths), g.double().split(lengths), strict=True):
+        G = gs.mT @ xs
+        oracle += G @ (G.mT if A is None else A.double() @ G.mT)
+    out = torch.zeros(384, 384, device="cuda")
+    sequence_unit_step(out, x, g, None if A is None else with_nan_above_diagonal(A), cu_seqlens)
+    assert_as_good_as(oracle.tril(), out, oracle.tril())
+    assert least_eigenvalue(out) > -1e-5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lowrank_linear_agrees_with_float64_and_has_gradients(num_tokens, dtype):
+    x, down, up, bias = (
+        normal(*shape, dtype=dtype).requires_grad_() for shape in ((num_tokens, 300), (77, 300), (515, 77), (515,))
+    )
+    y = lowrank_linear(x, down, up, bias)
+    oracle = x.double() @ down.double().mT @ up.double().mT + bias.double()
+    peer = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up, bias)
+    assert_as_good_as(peer, y, oracle)
+    actual, expected = (torch.autograd.grad(out.float().square().mean(), (x, down, up, bias)) for out in (y, peer))
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected[0].abs().max().item())
+
+
+def test_more_than_two_to_the_31_elements_are_addressed():
+    x = torch.zeros(2**31 // 64 + 1000, 64, device="cuda", dtype=torch.float16)
+    x[-1] = 1
+    out = torch.zeros(64, 64, device="cuda")
+    gram_accumulate(out, x)
+    assert torch.equal(out, torch.ones(64, 64, device="cuda").tril())
+    assert quadratic_form(x, torch.eye(64, device="cuda"))[-1] == 64
+
+
+def test_a_double_is_refused_on_a_gpu():
+    with pytest.raises(TypeError, match="x must be one of .* on cuda, got torch.float64"):
+        quadratic_form(normal(4, 4, dtype=torch.float64), normal(4, 4, dtype=torch.float64))
+
+
+def test_a_compiled_graph_runs_the_kernels():
+    x, out = normal(100, 64), torch.zeros(64, 64, device="cuda")
+    torch.compile(gram_accumulate, fullgraph=True)(out, x)
+    assert_as_good_as((x.double().mT @ x.double()).tril(), out, (x.double().mT @ x.double()).tril())
