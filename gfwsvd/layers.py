@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,32 +76,35 @@ def is_transposed(module: nn.Module) -> bool:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear module as (D_OUT, D_IN), a view."""
-    weight = module.weight.detach()
+    weight = cast(Tensor, module.weight).detach()
     return weight.T if is_transposed(module) else weight
 
 
 def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
     """The linear layers of `model` that compression is about, by module name in the model's order.
 
-    Left out are the output embedding (the language-model head), every layer whose weight another module shares, and
-    the layers whose name one of the regular expressions in `exclude` matches (`re.search`).
+    Left out are the output embedding (the language-model head), every layer whose weight another module shares or that
+    has several names, and the layers whose name one of the regular expressions in `exclude` matches (`re.search`).
 
     Raises:
         GfwsvdError: when no linear layer is left, or a pattern is not a regular expression.
     """
+    if isinstance(exclude, str):
+        raise GfwsvdError(f"exclude must be a list of regular expressions, got one string: say [{exclude!r}]")
     try:
         patterns = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
         raise GfwsvdError(f"exclude must hold regular expressions, got {list(exclude)}: {error}") from error
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+            owners.setdefault(id(parameter), set()).add(name)
     linears = {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module)
+        if name  # a model that is itself a linear layer has no place for another
+        and is_linear(module)
         and module is not head
         and len(owners[id(module.weight)]) == 1
         and not any(pattern.search(name) for pattern in patterns)
