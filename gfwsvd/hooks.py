@@ -23,7 +23,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.show = show
-        return output.view_as(output)
+        return output.clone()  # a view could not be changed in place by the layers that follow
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -65,14 +65,15 @@ def watch(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it `model` evaluates: no dropout, and no parameter needs a gradient, which saves a third of a backward pass.
-    Gradient checkpointing stays on where it was on. Afterwards all is as it was."""
+    """Within it `model` evaluates: no dropout, and no parameter needs a gradient, which saves a third of a backward
+    pass. Gradient checkpointing stays on where it was on. Afterwards all is as it was.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    dropouts: list[tuple[nn.Module, str, float]] = []
-    config = getattr(model, "config", None)
+    dropouts: list[tuple[nn.Module, str, float]] = []  # of modules, and of whole layers ("layerdrop")
+    config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = _input_embeddings(model)
     handle = None
     if isinstance(embeddings, nn.Module):  # reentrant checkpointing asks that a block's input needs a gradient
         handle = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(torch.is_grad_enabled()))
@@ -84,7 +85,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):  # transformers honours it in training mode only
                 module.training = True
-                dropouts += [(module, k, v) for k, v in vars(module).items() if "dropout" in k and type(v) is float]
+                dropouts += [(module, k, v) for k, v in vars(module).items() if "drop" in k and type(v) is float]
         for module, name, _ in dropouts:
             setattr(module, name, 0.0)
         yield
@@ -99,3 +100,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _input_embeddings(model: nn.Module) -> object:
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        return find() if find else None
+    except NotImplementedError:  # how transformers says that a model has none
+        return None

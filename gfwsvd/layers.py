@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,8 @@ def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, 
         patterns = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
         raise GfwsvdError(f"exclude must hold regular expressions, got {list(exclude)}: {error}") from error
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
@@ -111,8 +112,8 @@ def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, 
     }
     if not linears:
         raise GfwsvdError(
-            f"{type(model).__name__} has no linear layer to compress: expected at least one nn.Linear or Conv1D besides "
-            f"the language-model head{' outside the excluded names' if patterns else ''}"
+            f"{type(model).__name__} has no linear layer to compress: expected at least one nn.Linear or Conv1D "
+            f"besides the language-model head{' outside the excluded names' if patterns else ''}"
         )
     return linears
 
