@@ -2,7 +2,9 @@
 
 One program owns one square tile of the triangle and one part of the tokens. It walks its tokens with the products in
 registers, then adds the tile to `out`: a plain read and write where it is the only one on that tile, atomically where
-the tokens are split. Bound by the tensor cores for T and D in the thousands: T D (D + 1) FLOP against (T + D / 2) D
+the tokens are split.
+
+Bound by the tensor cores for T and D in the thousands: T D (D + 1) FLOP against (T + D / 2) D
 elements moved. Splitting the tokens is what fills the machine when the triangle has fewer tiles than it has SMs (the
 idea of stream-K, Osama et al., arXiv:2301.03598).
 """
@@ -43,7 +45,7 @@ def gram_kernel(
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
     col = tile - row * (row + 1) // 2
 
-    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` sees to it that they suffice)
+    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
     offs_t = tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
     first_i = row * BLOCK_D
@@ -73,8 +75,7 @@ def gram_kernel(
             x = x.to(tl.float32)
             y = y.to(tl.float32)
         if HAS_WEIGHT:
-            # Both operands are rounded alike after scaling, so the tiles together hold the Gram matrix of one rounded
-            # matrix.
+            # Both operands are rounded alike once scaled: the tiles together hold the Gram matrix of one rounded matrix
             root = tl.sqrt(tl.load(weight_ptr + offs_t * stride_w, mask=mask_t, other=0.0))[:, None]
             x = (x.to(tl.float32) * root).to(x.dtype)
             y = (y.to(tl.float32) * root).to(y.dtype)

@@ -45,7 +45,7 @@ def linear_kernel(
     row = group * GROUP + within % rows_here
     col = within // rows_here
 
-    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` sees to it that they suffice)
+    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
     first_t = row * BLOCK_T
     first_o = col * BLOCK_O
     offs_t = tl.arange(0, BLOCK_T)

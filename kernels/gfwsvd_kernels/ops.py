@@ -211,9 +211,10 @@ def _define(
         check_values(*args)
         return definition(*args)
 
-    def on_cuda(*args: Tensor | None) -> Any:
-        check(*args)
-        return getattr(import_module(launcher), name)(*args)
+    def on_cuda(first: Tensor, *args: Tensor | None) -> Any:
+        check(first, *args)
+        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
+            return getattr(import_module(launcher), name)(first, *args)
 
     def fake(*args: Tensor | None) -> Any:
         check(*args)

@@ -31,7 +31,7 @@ def quadratic_form_kernel(
     SPLIT_BF16: tl.constexpr,
 ):
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest rows first: the short ones fill the gaps at the end
-    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` sees to it that they suffice)
+    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
     first_t = tl.program_id(0) * BLOCK_T
     first_i = block * BLOCK_I
     offs_t = tl.arange(0, BLOCK_T)

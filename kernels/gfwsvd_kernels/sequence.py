@@ -1,10 +1,11 @@
-"""The sequence-unit step: out += sum_s g_sᵀ (K_s g_s), K_s = x_s A x_sᵀ, with sequences of any lengths one after
-another.
+"""The sequence-unit step: out += sum_s g_sᵀ (K_s g_s), K_s = x_s A x_sᵀ, over sequences of any lengths.
 
-Four launches and no gradient G_s: y = x A (`lowrank.linear`); the blocks K_s = y_s x_sᵀ, computed for a panel of tokens
+Four kernels and no gradient G_s: y = x A (`lowrank.linear`); the blocks K_s = y_s x_sᵀ, computed for a panel of tokens
 at a time so that the workspace is bounded; e = K g, each tile of tokens walking only the tokens of its sequences; and
 the triangle of gᵀ e (`gram.gram_accumulate`). All of it in float32 where A is given: the sum is positive semi-definite
-only as far as K is. Bound by the tensor cores: per sequence 2 S (D_IN² + S (D_IN + D_OUT) + D_OUT² / 2) FLOP.
+only as far as K is.
+
+Bound by the tensor cores: per sequence 2 S (D_IN² + S (D_IN + D_OUT) + D_OUT² / 2) FLOP.
 """
 
 import torch
@@ -45,8 +46,7 @@ def scores_kernel(
     start = tl.load(start_ptr + first_m)
     stop = tl.load(stop_ptr + tl.minimum(first_m + BLOCK_M, panel_stop) - 1)
     if (first_n < stop) & (first_n + BLOCK_N > start):
-        # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` sees to it that they
-        # suffice)
+        # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
         offs_m = tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         offs_d = tl.arange(0, BLOCK_D)
@@ -141,7 +141,6 @@ def block_diagonal_product(
     num_tokens, d_in = x.shape
     d_out = g.shape[1]
     target = target or tiles.target(x.device)
-    tiles.check_strides(y=y, x=x, g=g)
     upcast = x.dtype != y.dtype or tiles.interpreted_bf16(x)
     # The sequence of each token, found on the device: nothing waits for cu_seqlens to come to the host.
     tokens = torch.arange(num_tokens, device=x.device, dtype=cu_seqlens.dtype)
@@ -151,6 +150,7 @@ def block_diagonal_product(
     e = torch.empty(num_tokens, d_out, dtype=torch.float32, device=x.device)
     panel = min(num_tokens, max(PANEL_ELEMENTS // num_tokens, PANEL_ROWS))
     scores = torch.empty(panel, num_tokens, dtype=torch.float32, device=x.device)
+    tiles.check_strides(y=y, x=x, g=g, scores=scores)
     scores_dtype = torch.float32 if upcast else x.dtype
     scores_tile = tile or tiles.tile("scores", target, scores_dtype, y, x, scores)
     apply_tile = tile or tiles.tile("apply", target, torch.float32, scores, g, e)

@@ -114,6 +114,7 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
         _launch_all(torch.float32, 4096, target)
         _launch_all(torch.float16, 4096, target)
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
+        _launch_ones(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
 
 
@@ -132,6 +133,15 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
     down, up, bias = (empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
     for num_tokens in (few, many):
         lowrank.lowrank_linear(x[:num_tokens], down, up, bias, target=target)
+
+
+def _launch_ones(target: tiles.Target) -> None:
+    """Sizes and strides of one, which Triton turns into constants: other code, which must compile too."""
+    one = torch.empty(1, 1, device="meta")
+    gram.gram_accumulate(one, one, one[0], target=target)
+    quadform.quadratic_form(one, one, target=target)
+    sequence.sequence_unit_step(one, one, one, one, torch.empty(2, dtype=torch.int64, device="meta"), target=target)
+    lowrank.lowrank_linear(one, one, one, one[0], target=target)
 
 
 def report(arch: int, number: int) -> dict[str, Any]:

@@ -37,8 +37,7 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# Offsets of at most 128 rows and 128 columns, each below this, stay within 31 bits. Tensors may be larger: bases have
-# 64 bits.
+# Offsets of at most 128 rows and 128 columns below this stay within 31 bits. Tensors may be larger: bases have 64 bits.
 MAX_STRIDE = 2**23
 
 # kernel -> architecture -> bytes per element of the operands -> tile. Tiles of the Gram kernel are square.
@@ -75,8 +74,8 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }
 
-# Strides that are no multiples of 16 elements need an address for each element, and registers for it: smaller tiles, no
-# pipeline to speak of.
+# Rows that are not contiguous, or start at no multiple of 16 elements, need an address for each element, hence more
+# registers and smaller tiles.
 UNALIGNED: dict[str, Tile] = {
     "gram": Tile(64, 64, 32, 8, 2),
     "quadratic_form": Tile(64, 64, 32, 8, 2),
@@ -111,8 +110,9 @@ def tile(kernel: str, target: Target, dtype: torch.dtype, *tensors: Tensor) -> T
 
 
 def _is_aligned(tensor: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time. Triton looks for multiples of 16 elements, so this does too."""
     offset = tensor.storage_offset() * tensor.element_size()
-    return offset % 16 == 0 and all(stride == 1 or stride % 16 == 0 for stride in tensor.stride())
+    return offset % 16 == 0 and tensor.stride(1) == 1 and tensor.stride(0) % 16 == 0
 
 
 def interpreted_bf16(operand: Tensor) -> bool:

@@ -29,12 +29,12 @@ def test_every_part_keeps_enough_tokens_to_be_worth_its_addition():
     assert tiles.token_splits(2048, 1, 132, 512) == 4
 
 
-def test_strides_of_no_multiple_of_sixteen_get_the_small_tile():
+def test_rows_that_cannot_be_read_in_vectors_get_the_small_tile():
     aligned, unaligned = torch.empty(8, 64), torch.empty(8, 63)
     shipped = tiles.ALIGNED["gram"][90][4]
     assert tiles.tile("gram", tiles.H200, torch.float32, aligned) == shipped
     assert tiles.tile("gram", tiles.H200, torch.float32, aligned[:, :40]) == shipped
-    for odd in (unaligned, aligned[:, 1:]):
+    for odd in (unaligned, aligned[:, 1:], aligned.mT, aligned[:, ::2], torch.empty(1, 1)):
         assert tiles.tile("gram", tiles.H200, torch.float32, aligned, odd) == tiles.UNALIGNED["gram"]
 
 
