@@ -98,6 +98,8 @@ def perplexity_by_size(evaluations: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(*zip(*sorted(points), strict=True), **style, markersize=7)
         for row in dense[:1]:
             axes.axhline(row["perplexity"], color=_INK, linestyle="--", label="dense")
+            if _positive(row.get("model_stored")):  # its size also keeps the axis from magnifying tiny differences
+                axes.plot(row["model_stored"] / 1e6, row["perplexity"], "*", color=_INK, markersize=11)
         axes.set(xlabel="parameters of the whole model, millions", ylabel="perplexity (log)")
         _log(axes)
         axes.margins(0.08, 0.12)
