@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import GfwsvdError
 from .hooks import frozen, watch
-from .layers import find_linears, fingerprint
+from .layers import dense_weight, find_linears, fingerprint
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import (
     LABELS,
@@ -80,8 +80,8 @@ def calibrate(
     No gradient outlives the backward pass of its layer. The model is left as it was, whatever happens.
 
     Args:
-        batches: needed where something is collected: mappings of tensors, each with "input_ids" or whatever the model takes, (B, S) first; a 0 in
-            "attention_mask" (B, S) keeps a position out of all statistics. Read once per sweep.
+        batches: needed where something is collected: mappings of tensors, each with "input_ids" or whatever the model
+            takes, (B, S) first; a 0 in "attention_mask" (B, S) keeps a position out of all statistics.
         collect: "inputs" (one forward pass), "gradients" (one backward pass), "kronecker" (`sweeps` passes).
         unit: the Fisher's gradient sample: "token", "sequence" or "batch".
         labels: "empirical" takes the data's next tokens, "sampled" draws them from the model's own distribution.
@@ -107,6 +107,8 @@ def calibrate(
         linears = find_linears(model, exclude=exclude)
         leaders = _input_leaders(model, linears, batches[0], loss)
         reached = {name: linears[name] for name in linears if name in leaders}
+        if not reached:
+            raise GfwsvdError(f"no linear layer of {type(model).__name__} ran in the forward pass of the first batch")
         statistics = Statistics(
             {name: LayerStatistics(*_sizes(module)) for name, module in reached.items()},
             collected=collect,
@@ -131,7 +133,7 @@ def data_sha256(batches: Iterable[Batch]) -> str:
             for name in sorted(batch):
                 value = batch[name][row].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.view(torch.uint8).numpy().tobytes())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -149,7 +151,7 @@ def _check_settings(collect: frozenset[str], unit: str, labels: str, sweeps: int
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    d_out, d_in = reversed(module.weight.shape) if hasattr(module, "nf") else module.weight.shape
+    d_out, d_in = dense_weight(module).shape
     return d_in, d_out
 
 
@@ -183,23 +185,29 @@ def _causal_lm_loss(labels: str, seed: int) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        logits = _forward(model, batch).logits[:, :-1]
+        output = _forward(model, batch)
+        if not hasattr(output, "logits"):
+            raise GfwsvdError(
+                f"{type(model).__name__} gives no logits for the next-token loss: give a loss of your own"
+            )
+        logits = output.logits[:, :-1]
         targets = batch.get("labels", ids)[:, 1:]
         valid = targets != -100
         if mask is not None:
             valid = valid & mask[:, 1:].bool() & mask[:, :-1].bool()
         logits = logits[valid]
-        chosen = targets[valid] if labels == "empirical" else _sample(logits.detach(), valid, ids, seed)
+        texts = ids if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
+        chosen = targets[valid] if labels == "empirical" else _sample(logits.detach(), valid, texts, seed)
         return F.cross_entropy(logits.float(), chosen, reduction="none")
 
     return loss
 
 
-def _sample(logits: Tensor, valid: Tensor, ids: Tensor, seed: int) -> Tensor:
-    """Labels drawn from `logits`, with one generator per sequence, so that batching does not change them."""
+def _sample(logits: Tensor, valid: Tensor, texts: Iterable[Tensor], seed: int) -> Tensor:
+    """Labels drawn from `logits`, with one generator per text, so that neither batching nor padding changes them."""
     drawn = []
-    for row, part in zip(ids.cpu(), logits.split(valid.sum(1).tolist()), strict=True):
-        key = hashlib.sha256(seed.to_bytes(8, "little", signed=True) + row.numpy().tobytes()).digest()
+    for text, part in zip(texts, logits.split(valid.sum(1).tolist()), strict=True):
+        key = hashlib.sha256(f"{seed} ".encode() + text.long().cpu().numpy().tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         uniform = torch.rand(part.shape[0], 1, generator=generator, dtype=torch.float64).to(part.device)
         total = part.double().softmax(-1).cumsum(-1)
@@ -246,6 +254,11 @@ class _Collector:
         with watch(self.linears, on_input=self._see_input, **callbacks), torch.set_grad_enabled(backward):
             for batch in track(batches, f"calibration pass {number + 1} of {passes}"):
                 self._run_batch(_to_device(batch, self.model), backward=backward)
+        unseen = [name for name, stats in self.statistics.layers.items() if not stats.gradient_scale]
+        if backward and unseen:
+            raise GfwsvdError(
+                f"no gradient comes to {', '.join(unseen)}: the loss does not depend on them; exclude them"
+            )
         for name, sweep in self.sweeps.items():
             sketch = sweep.finish()
             if sketch is not None:
@@ -266,6 +279,11 @@ class _Collector:
         self.num_sequences = _first_tensor(batch).shape[0]
         if backward:
             losses = self.loss(self.model, batch)
+            if not isinstance(losses, Tensor) or not losses.requires_grad or losses.numel() == 0:
+                raise GfwsvdError(
+                    f"the loss must be a tensor of at least one value that depends on the linear layers, got {losses}; "
+                    f"a batch for the next-token loss needs a sequence of two tokens that are no padding"
+                )
             total = losses.sum()
             if not torch.isfinite(total):
                 raise GfwsvdError("the calibration loss is NaN or inf; check the batch's text and the model's weights")
@@ -299,22 +317,22 @@ class _Collector:
             self.sweeps[name].accumulate(x, g, offsets)
 
     def _add_input(self, name: str, x: Tensor) -> None:
-        if INPUTS in self.collected:
-            stats = self.statistics.layers[name]
-            stats.num_tokens += x.shape[0]
-            if self.leaders[name] == name:
-                accumulate_inputs(stats, x)
+        stats = self.statistics.layers[name]
+        stats.num_tokens += x.shape[0]
+        if INPUTS in self.collected and self.leaders[name] == name:
+            accumulate_inputs(stats, x)
 
     def _rows(self, name: str, values: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a layer's tensor that are no padding, (T, D), and the offsets of their sequences."""
         rows = values.reshape(-1, values.shape[-1])
+        rows = rows.float() if rows.dtype == torch.float64 else rows  # the statistics are float32
         tokens, mask = rows.shape[0], self.mask
         if tokens == self.num_sequences:  # a pooled layer: one row for each sequence
             return rows, torch.arange(tokens + 1, device=rows.device)
         if tokens % self.num_sequences or mask is not None and tokens != mask.numel():
             raise GfwsvdError(
                 f"layer {name} sees {tokens} rows in a batch of {self.num_sequences} sequences"
-                f"{'' if mask is None else f' of {mask.shape[1]} tokens'}: expected one for every token; exclude the layer"
+                f"{'' if mask is None else f' of {mask.shape[1]} tokens'}: expected one for every token; exclude it"
             )
         if mask is None:
             return rows, torch.arange(0, tokens + 1, tokens // self.num_sequences, device=rows.device)

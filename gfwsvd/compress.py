@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from .errors import GfwsvdError
 from .factorize import Decomposition, decompose
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from .methods import Method, method_named
-from .ranks import Candidate, allocate, check_keep
+from .ranks import Candidate, allocate, check_keep, check_ranks
 from .statistics import LayerStatistics
+from .whiten import check_damping
 
 DAMPING = 1e-2
 RANK_MULTIPLE = 8
@@ -133,6 +134,8 @@ def compress(
     """
     row = method_named(method)
     check_keep(keep)
+    check_ranks(ranks, rank_multiple)
+    check_damping(damping)
     if statistics is None:
         if row.needs and batches is None:
             raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")
@@ -155,8 +158,8 @@ def compress(
         for name in track(list(linears), f"{method}: spectra of {len(linears)} layers")
     }
     candidates = {
-        name: Candidate(*dense_weight(module).shape, decompositions[name].spectrum.cpu())
-        for name, module in linears.items()
+        name: Candidate(stats.d_out, stats.d_in, decompositions[name].spectrum.cpu())
+        for name, stats in statistics.layers.items()
     }
     chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple)
     model_dense = _parameters(model)
@@ -228,7 +231,8 @@ def _decompose(name: str, module: nn.Module, statistics: Statistics, row: Method
 def _low_rank(module: nn.Module, decomposition: Decomposition, rank: int) -> LowRankLinear:
     weight = dense_weight(module)
     up, down = decomposition.factors(weight, rank)
-    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), module.bias)
+    bias = cast(Tensor | None, module.bias)
+    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), bias)
     return layer.train(module.training)
 
 
@@ -258,7 +262,9 @@ def _layer_report(
         condition_right=decomposition.right.condition,
         convergence=stats.convergence[-1] if kronecker else None,
         kronecker_residual=stats.kronecker_residual if kronecker else None,
-        reason="" if rank is not None else "its parameters lower the predicted loss more than any rank of another layer would",
+        reason=""
+        if rank is not None
+        else "its parameters lower the predicted loss more than any rank of another layer would",
         spectrum=spectrum[points].tolist(),
         spectrum_index=points.tolist(),
     )

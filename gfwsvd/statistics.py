@@ -14,8 +14,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step
 from torch import Tensor
+
+from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step
 
 from .metrics import inner, kronecker_residual, norm
 
@@ -36,7 +37,8 @@ class LayerStatistics:
         output_moment: `sum g gᵀ` (D_OUT, D_OUT), of scaled gradients.
         fisher_rows: sum over samples of the squared gradients of each weight row (D_OUT,), of scaled gradients.
         left, right: the Kronecker factors, of Frobenius norm one.
-        scale: s1, so that `scale * left ⊗ right` fits the sum over samples of scaled gradients.
+        scale: s1, so that `scale * left ⊗ right` fits the sum over samples of scaled gradients best.
+        trace: `sum ||G_i||²`, the trace of what is fitted.
         gradient_scale: the power of two that gradients were multiplied by, which keeps fourth orders in range.
         convergence: per sweep, the sine of the angle by which the right factor turned.
         kronecker_residual: share of the Fisher block's energy that the fit misses (an unbiased sketch estimates it).
@@ -52,6 +54,7 @@ class LayerStatistics:
     left: Tensor | None = None
     right: Tensor | None = None
     scale: float = 0.0
+    trace: float = 0.0
     gradient_scale: float = 0.0
     convergence: list[float] = field(default_factory=list)
     kronecker_residual: float | None = None
@@ -59,7 +62,7 @@ class LayerStatistics:
 
 def power_of_two_scale(g: Tensor) -> float:
     """The power of two that brings the root mean square of `g` near one; 1 when `g` is zero."""
-    mean_square = g.float().square().mean().item() or g.double().square().mean().item()
+    mean_square = g.double().square().mean().item()
     return 2.0 ** -round(math.log2(mean_square) / 2) if mean_square else 1.0
 
 
@@ -111,6 +114,7 @@ class Sweep:
             return None
         if stats.right is None:  # the identity, not normalised, was the start
             stats.fisher_rows = self.left.diagonal().clone()
+            stats.trace = stats.fisher_rows.sum(dtype=torch.float64).item()
             start_norms = stats.d_in**0.5, stats.d_out**0.5
         else:
             start_norms = 1.0, 1.0

@@ -51,6 +51,12 @@ class Root:
         return (matrix / self.scales) @ self.factor.T
 
 
+def check_damping(damping: float) -> None:
+    """GfwsvdError unless `damping` is a finite number from 0 up."""
+    if not 0 <= damping < math.inf:
+        raise GfwsvdError(f"damping must be a number from 0 up, relative to the mean diagonal, got {damping}")
+
+
 def root(metric: Metric, *, damping: float, name: str) -> Root:
     """The square root of `metric` after adding `damping` times its mean diagonal to the diagonal.
 
@@ -67,8 +73,7 @@ def root(metric: Metric, *, damping: float, name: str) -> Root:
         GfwsvdError: when the metric is not finite, is zero everywhere, or is far from positive semi-definite; a damping
             that is negative or not finite.
     """
-    if not 0 <= damping < math.inf:
-        raise GfwsvdError(f"damping must be a number from 0 up, relative to the mean diagonal, got {damping}")
+    check_damping(damping)
     if metric is None:
         return Root("identity")
     if not torch.isfinite(metric if metric.dim() == 1 else metric.tril()).all():

@@ -46,17 +46,20 @@ def nearest_kronecker(samples: Tensor) -> tuple[Tensor, Tensor, float]:
     return sign * left, sign * right, s[0].item()
 
 
-def power_sweeps(samples: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Both factors, of norm one, after some sweeps from the identity, each from the previous pair."""
+def power_sweeps(samples: Tensor, sweeps: int) -> tuple[Tensor, Tensor, float]:
+    """Both factors, of norm one, after some sweeps from the identity, each from the previous pair; and the geometric
+    mean of the factors by which the last sweep made them longer, which tends to the scale of the fit from below.
+    """
     _, d_out, d_in = samples.shape
-    left, right = torch.eye(d_out, dtype=torch.float64), torch.eye(d_in, dtype=torch.float64)
+    left, right = (torch.eye(size, dtype=torch.float64) / size**0.5 for size in (d_out, d_in))
     for _ in range(sweeps):
         left, right = (
             torch.einsum("nac,cd,nbd->ab", samples, right, samples),
             torch.einsum("nac,ab,nbd->cd", samples, left, samples),
         )
+        scale = (left.norm() * right.norm()).sqrt().item()
         left, right = left / left.norm(), right / right.norm()
-    return left, right
+    return left, right, scale
 
 
 def kronecker_tokens(d_out: int, d_in: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
