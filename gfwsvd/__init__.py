@@ -17,6 +17,7 @@ from . import registration
 from .calibration import Statistics, calibrate
 from .compress import CompressionReport, compress
 from .errors import GfwsvdError
+from .evaluate import evaluate
 from .layers import LowRankLinear
 from .methods import METHODS
 from .store import load_statistics, save_statistics
@@ -37,6 +38,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "compress",
+    "evaluate",
     "load_model",
     "load_statistics",
     "load_text",

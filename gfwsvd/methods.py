@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .errors import GfwsvdError
-from .metrics import Metric
+from .metrics import Metric, mean_diagonal
 from .statistics import LayerStatistics
 
 INPUTS, GRADIENTS, KRONECKER = "inputs", "gradients", "kronecker"  # what calibration can collect
@@ -58,7 +58,11 @@ def _output_moment(stats: LayerStatistics, num_losses: int) -> Tensor:
 
 
 def _fisher_left(stats: LayerStatistics, num_losses: int) -> Tensor:
-    return _present(stats.left).double() * (stats.scale * _second_order(stats, num_losses))
+    # Scaled to the trace of the Fisher, not by s1: the fit leaves out energy, and with s1 the predicted loss would lack
+    # it, in some layers more than in others. With the trace it is right on average over directions of the error.
+    left, right = _present(stats.left), _present(stats.right)
+    traces = mean_diagonal(left) * stats.d_out * mean_diagonal(right) * stats.d_in
+    return left.double() * (stats.trace / traces * _second_order(stats, num_losses)) if traces else left.double()
 
 
 def _fisher_right(stats: LayerStatistics) -> Tensor:

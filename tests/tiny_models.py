@@ -1,6 +1,7 @@
 """Tiny random models of each kind that the tests cover, built from configurations alone: nothing to download."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,3 +89,13 @@ def tiny_model(kind: str, *, seed: int = 0) -> nn.Module:
 def random_tokens(sequences: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Token numbers (sequences, length) int64 without special ones."""
     return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of the words w0, w1, ... with their own numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")

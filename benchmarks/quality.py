@@ -1,0 +1,105 @@
+"""Perplexity of every method, rank allocation and ratio, from one collection of statistics and on one text.
+
+    python -m benchmarks.quality --calibration wiki.train.raw --evaluation wiki.valid.raw --stats DIR --results FILE
+
+Rows already in FILE are not computed again, so an interrupted run goes on where it was. `keep` is the share of the
+linear layers' weights that is stored; ranks are not rounded to multiples, so that methods store the same.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+import gfwsvd
+from benchmarks import record
+from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
+from gfwsvd.progress import bar
+from gfwsvd.ranks import RANKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="see gfwsvd.load_model; default: SmolLM2-135M")
+    parser.add_argument("--calibration", required=True, help="calibration text, see gfwsvd.load_text")
+    parser.add_argument("--evaluation", required=True, help="evaluation text")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=40, help="evaluation windows")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.9])
+    parser.add_argument("--methods", nargs="+", choices=list(gfwsvd.METHODS), default=list(gfwsvd.METHODS))
+    parser.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--stats", type=Path, required=True, help="statistics directory, made if it is not there")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
+    parser.add_argument("--plot", type=Path, help="also draw perplexity against the ratio into this file")
+    arguments = parser.parse_args()
+
+    model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
+    if not arguments.stats.exists():
+        batches = gfwsvd.token_batches(
+            gfwsvd.load_text(arguments.calibration),
+            tokenizer,
+            sequences=arguments.sequences,
+            seq_len=arguments.seq_len,
+            batch_size=4,
+            seed=0,
+        )
+        gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar), arguments.stats)
+    statistics, _ = gfwsvd.load_statistics(arguments.stats)
+    windows = gfwsvd.windows(
+        gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
+    )
+    about = {
+        "model": name,
+        "calibration": Path(arguments.calibration).name,
+        "calibration_tokens": statistics.num_sequences * arguments.seq_len,
+        "calibration_sha256": statistics.data_sha256,
+        "settings": statistics.settings,
+        "evaluation": Path(arguments.evaluation).name,
+        "windows": list(windows.shape),
+    }
+    done = {(row["method"], row.get("ranks"), row["keep"]) for row in record.read(arguments.results)}
+    if ("dense", None, 1.0) not in done:
+        record.append(arguments.results, {**dense_row(model, windows, track=bar), **about, **record.provenance()})
+    runs = [
+        Run(method, ranks, keep)
+        for keep in arguments.keep
+        for ranks in arguments.ranks
+        for method in arguments.methods
+        if (method, ranks, keep) not in done
+    ]
+    for row, _ in compressed_rows(model, statistics, runs, windows, track=bar):
+        record.append(arguments.results, {**row, **about, **record.provenance()})
+        print(f"{row['name']}, keep {row['keep']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}", flush=True)
+    rows = record.read(arguments.results)
+    Console().print(comparison(sorted(rows, key=lambda row: (-row["keep"], row["perplexity"]))))
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Perplexity against the kept share, one line per method, one panel per rank allocation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(RANKS), figsize=(9, 4), sharey=True, layout="constrained")
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    for panel, ranks in zip(panels, RANKS, strict=True):
+        for method in gfwsvd.METHODS:
+            points = sorted(
+                (row["kept"], row["perplexity"]) for row in rows if row["method"] == method and row["ranks"] == ranks
+            )
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=method)
+        panel.axhline(dense, color="gray", linestyle=":", label="dense")
+        panel.set(yscale="log", xlabel="weights kept in the linear layers", title=f"{ranks} ranks")
+    panels[0].set_ylabel("perplexity")
+    panels[-1].legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

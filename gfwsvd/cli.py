@@ -1,0 +1,313 @@
+"""The command `gfwsvd`: calibrate, compress, eval, inspect."""
+
+import enum
+import functools
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, sources
+from .calibration import calibrate
+from .checkpoint import inspect as inspect_checkpoint
+from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
+from .errors import GfwsvdError
+from .evaluate import evaluate
+from .folders import check_output_folder
+from .methods import METHODS, method_named
+from .progress import bar
+from .ranks import RANKS, check_keep
+from .statistics import LABELS, UNITS
+from .store import JSON_NAME, load_statistics, save_statistics
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress language models by generalized Fisher-weighted SVD: low-rank layers that cost the loss least.",
+    epilog="A first try: gfwsvd compress MODEL --text TEXT --keep 0.8 --out DIR; then: gfwsvd eval DIR --text OTHER",
+)
+
+MethodName = enum.StrEnum("MethodName", {name: name for name in METHODS})
+Ranks = enum.StrEnum("Ranks", {name: name for name in RANKS})
+Unit = enum.StrEnum("Unit", {name: name for name in UNITS})
+Labels = enum.StrEnum("Labels", {name: name for name in LABELS})
+Dtype = enum.StrEnum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")})
+
+_TEXT_HELP = (
+    "a .txt, .raw, .jsonl or .parquet file (FILE:FIELD names the field), a dataset on the hub as "
+    "OWNER/NAME[:CONFIG[:SPLIT]], or 'pydoc:calibration' / 'pydoc:heldout', text that comes with Python"
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a hub name, a transformers folder, or a .gguf file")]
+Text = Annotated[str, typer.Option("--text", metavar="TEXT", help=_TEXT_HELP)]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, help="calibration sequences")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a calibration sequence")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="sequences in a batch: memory against speed")]
+UnitOption = Annotated[Unit, typer.Option("--unit", help="what one gradient sample of the Fisher is")]
+LabelsOption = Annotated[
+    Labels, typer.Option("--labels", help="the text's own next tokens, or tokens drawn from the model")
+]
+Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the text that refine the Kronecker factors")]
+Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
+Exclude = Annotated[
+    list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="of the weights; default: the model's own")]
+Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
+
+
+def _mendable(command: Callable[..., None]) -> Callable[..., None]:
+    """An error that the user can mend is one line on standard error and exit status 1; Ctrl-C is 130."""
+
+    @functools.wraps(command)
+    def guarded(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except GfwsvdError as error:
+            print(f"gfwsvd: error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print("gfwsvd: interrupted; nothing was written", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return guarded
+
+
+@app.command("calibrate")
+@_mendable
+def calibrate_command(
+    model: Model,
+    text: Text,
+    stats: Annotated[Path, typer.Option("--stats", metavar="DIR", help="where to write the statistics")],
+    sequences: Sequences = 64,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    unit: UnitOption = Unit["token"],
+    labels: LabelsOption = Labels["empirical"],
+    sweeps: Sweeps = 2,
+    seed: Seed = 0,
+    exclude: Exclude = [],  # noqa: B006 - typer copies it
+    dtype: DtypeOption = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+) -> None:
+    """Collect the statistics of a model's layers once, for all methods and ratios."""
+    check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
+    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+    batches = sources.token_batches(
+        sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
+    )
+    statistics = calibrate(
+        loaded, batches, unit=unit, labels=labels, sweeps=sweeps, seed=seed, exclude=exclude, track=bar
+    )
+    provenance = _provenance(name, text, sequences, seq_len)
+    save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
+    summary = {
+        "stats": str(stats),
+        "layers": len(statistics.layers),
+        "tokens": sequences * seq_len,
+        "seconds": sum(statistics.seconds),
+        "settings": statistics.settings,
+        "unreached": list(statistics.unreached),
+    }
+    _print(summary, json_output)
+
+
+@app.command("compress")
+@_mendable
+def compress_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the compressed model")],
+    method: Annotated[MethodName, typer.Option("--method", help="how errors are weighed")] = MethodName["gfwsvd"],
+    keep: Annotated[
+        float, typer.Option("--keep", help="stored over dense parameters of the linear layers, (0, 1]")
+    ] = 0.8,
+    ranks: Annotated[
+        Ranks, typer.Option("--ranks", help="one share for every layer, or by predicted loss under one budget")
+    ] = Ranks["global"],
+    rank_multiple: Annotated[
+        int, typer.Option("--rank-multiple", min=1, help="ranks are multiples of it")
+    ] = RANK_MULTIPLE,
+    damping: Annotated[
+        float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
+    ] = DAMPING,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", metavar="DIR", help="statistics of an earlier gfwsvd calibrate")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help=f"calibrate now, on {_TEXT_HELP}")] = None,
+    sequences: Sequences = 64,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    unit: UnitOption = Unit["token"],
+    labels: LabelsOption = Labels["empirical"],
+    sweeps: Sweeps = 2,
+    seed: Seed = 0,
+    exclude: Exclude = [],  # noqa: B006 - typer copies it
+    dtype: DtypeOption = None,
+    device: Device = "cpu",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="also write an HTML report with plots")
+    ] = None,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+) -> None:
+    """Write a smaller model: low-rank linear layers in an ordinary transformers folder.
+
+    The options from --sequences to --exclude belong to a calibration on --text; statistics bring their own.
+    """
+    check_keep(keep)
+    if (stats is None) == (text is None) and method_named(method).needs:
+        raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
+    check_output_folder(out, overwrite=overwrite, marker="config.json")
+    statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
+    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+    batches = None
+    if text is not None:
+        provenance = _provenance(name, text, sequences, seq_len)
+        batches = sources.token_batches(
+            sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
+        )
+    result = compress(
+        loaded,
+        batches,
+        method=method,
+        keep=keep,
+        ranks=ranks,
+        rank_multiple=rank_multiple,
+        damping=damping,
+        statistics=statistics,
+        unit=unit,
+        labels=labels,
+        sweeps=sweeps,
+        seed=seed,
+        exclude=exclude,
+        track=bar,
+    )
+    result.provenance |= {"model": name, **provenance, **_versions()}
+    from .hf import save_pretrained
+
+    save_pretrained(loaded, out, report=result, tokenizer=tokenizer, overwrite=overwrite)
+    if report is not None:
+        from .report import write_report
+
+        write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result], evaluations=[])
+    _print(_summary(result, out), json_output)
+
+
+@app.command("eval")
+@_mendable
+def eval_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="a model, or what gfwsvd compress wrote")],
+    text: Text,
+    window: Annotated[int, typer.Option("--window", min=2, help="tokens of a window; windows do not overlap")] = 1024,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="most windows to take; default: all")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="the dense model, for KL and top-1 agreement")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure perplexity on a text, and how far a model is from a reference."""
+    loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
+    tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
+    dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
+    _print(evaluate(loaded, tokens, reference=dense, track=bar).to_json(), json_output)
+
+
+@app.command("inspect")
+@_mendable
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that gfwsvd compress wrote")],
+    json_output: Json = False,
+) -> None:
+    """Show what a compressed model holds: layers, ranks, sizes, and where it comes from."""
+    found = inspect_checkpoint(directory)
+    if json_output:
+        _print(found, json_output)
+        return
+    table = Table("layer", "kind", "rank", "stored", "dense", "predicted loss")
+    for layer in found["layers"]:
+        loss = layer.get("predicted_loss")
+        table.add_row(
+            layer["name"],
+            layer["kind"],
+            str(layer["rank"] or ""),
+            f"{layer['stored']:,}",
+            f"{layer['dense']:,}",
+            "" if loss is None else f"{loss:.2e}",
+        )
+    Console().print(table)
+    _print({key: value for key, value in found.items() if key != "layers"}, json_output)
+
+
+def _provenance(model: str, text: str, sequences: int, seq_len: int) -> dict[str, Any]:
+    name = Path(text).name if Path(text).exists() else text  # no path of this machine
+    return {"model": model, "text": name, "sequences": sequences, "seq_len": seq_len, "tokens": sequences * seq_len}
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "gfwsvd": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _summary(result: CompressionReport, out: Path) -> dict[str, Any]:
+    details = result.to_json()
+    kinds = [layer.kind for layer in result.layers]
+    return {
+        "out": str(out),
+        **{key: value for key, value in details.items() if key not in ("layers", "provenance")},
+        "lowrank_layers": kinds.count("lowrank"),
+        "dense_layers": kinds.count("dense"),
+        "predicted_loss": sum(layer.predicted_loss for layer in result.layers),
+        "provenance": details["provenance"],
+    }
+
+
+def _print(values: dict[str, Any], json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(values, allow_nan=False))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in values.items():
+        if value is not None:
+            table.add_row(key.replace("_", " "), _plain(value))
+    Console().print(table)
+
+
+def _plain(value: Any) -> str:
+    match value:
+        case bool() | str():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.5g}"
+        case dict():
+            return ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items())
+        case list():
+            return ", ".join(map(_plain, value)) or "none"
+        case _:
+            return str(value)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()

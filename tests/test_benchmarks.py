@@ -1,0 +1,65 @@
+"""Every benchmark runs to its end at a tiny size, so that none rots."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
+
+from benchmarks import demo, overhead, quality, record
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    tiny_model("llama").save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    numbers = torch.randint(VOCABULARY, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    return folder
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_the_demonstration_compares_saves_reloads_and_reports(workspace, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    texts = ("--calibration", workspace / "text.txt", "--evaluation", workspace / "text.txt")
+    sizes = ("--sequences", 4, "--seq-len", 32, "--windows", 2, "--window", 64)
+    run(monkeypatch, demo, "--model", workspace / "model", *texts, *sizes, "--out", out)
+    rows = json.loads((out / "rows.json").read_text())
+    assert [row["method"] for row in rows] == ["dense", *(run.method for run in demo.RUNS)]
+    assert all(0.75 < row["kept"] <= 0.8 for row in rows[1:])
+    assert (out / "model" / "gfwsvd.json").exists() and "<svg" in (out / "report.html").read_text()
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_quality_adds_the_missing_rows_only(workspace, tmp_path, monkeypatch):
+    results = tmp_path / "rows.jsonl"
+    text = workspace / "text.txt"
+    options = ["--model", workspace / "model", "--calibration", text, "--evaluation", text, "--sequences", 4]
+    options += ["--seq-len", 32, "--window", 64, "--limit", 2, "--stats", tmp_path / "stats", "--results", results]
+    run(monkeypatch, quality, *options, "--keep", 0.8, "--methods", "svd", "kfac", "--ranks", "global")
+    first = results.read_text()
+    assert [row["method"] for row in record.read(results)] == ["dense", "svd", "kfac"]
+    assert all(row["machine"] and row["commit"] and row["calibration"] == "text.txt" for row in record.read(results))
+    picture = tmp_path / "picture.png"
+    run(monkeypatch, quality, *options, "--keep", 0.8, "--methods", "svd", "kfac", "gfwsvd", "--plot", picture)
+    assert results.read_text().startswith(first) and len(record.read(results)) == 7
+    assert picture.stat().st_size > 1000
+
+
+def test_overhead_measures_every_pass(workspace, tmp_path, monkeypatch):
+    results = tmp_path / "rows.jsonl"
+    text = ("--text", workspace / "text.txt", "--sequences", 4, "--seq-len", 32)
+    run(monkeypatch, overhead, "--model", workspace / "model", *text, "--results", results)
+    (row,) = record.read(results)
+    assert row["next_sweep_over_training"] == pytest.approx(row["next_sweep_seconds"] / row["training_seconds"])
+    assert {"gfwsvd::gram_accumulate", "gfwsvd::quadratic_form"} <= row["op_shares"].keys()

@@ -1,0 +1,169 @@
+"""The command line: the contract that scripts rely on, and what a user sees when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gfwsvd.cli import app
+from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+
+CALIBRATION = ("--sequences", "8", "--seq-len", "16")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a tiny model, a text and the statistics of both."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    numbers = torch.randint(VOCABULARY, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    run("calibrate", folder / "model", "--text", folder / "text.txt", *CALIBRATION, "--stats", folder / "stats")
+    return folder
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    return result
+
+
+def run_json(*arguments):
+    return json.loads(run(*arguments, "--json").stdout.splitlines()[-1])
+
+
+def test_the_whole_way_from_statistics_to_evaluation(workspace, tmp_path):
+    compressed = run_json(
+        "compress", workspace / "model", "--method", "gfwsvd", "--keep", "0.8", "--ranks", "global",
+        "--rank-multiple", "2", "--stats", workspace / "stats", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert 0.7 < compressed["kept"] <= 0.8 and compressed["lowrank_layers"] > 0
+    assert compressed["stored"] / compressed["dense"] == pytest.approx(compressed["kept"])
+    assert compressed["provenance"]["text"] == "text.txt" and compressed["provenance"]["tokens"] == 128
+
+    text = ("--text", workspace / "text.txt", "--window", "64", "--limit", "4")
+    dense = run_json("eval", workspace / "model", *text)
+    small = run_json("eval", tmp_path / "out", *text, "--reference", workspace / "model")
+    assert dense["tokens"] == small["tokens"] == 4 * 63
+    assert dense["kl"] is None and small["kl"] > 0 and 0 < small["top1"] < 1
+    assert dense["perplexity"] != small["perplexity"] and small["seconds"] > 0
+
+    shown = run_json("inspect", tmp_path / "out")
+    assert shown["kept"] == compressed["kept"] and shown["provenance"] == compressed["provenance"]
+    assert sum(layer["stored"] for layer in shown["layers"]) == compressed["stored"]
+    assert "model.layers.0" in run("inspect", tmp_path / "out").stdout
+
+
+def test_compress_calibrates_on_a_text_as_calibrate_does(workspace, tmp_path):
+    options = ("--keep", "0.7", "--rank-multiple", "1")
+    text = ("--text", workspace / "text.txt", *CALIBRATION)
+    once = run_json("compress", workspace / "model", *options, *text, "--out", tmp_path / "once")
+    twice = run_json(
+        "compress", workspace / "model", *options, "--stats", workspace / "stats", "--out", tmp_path / "two"
+    )
+    assert once["predicted_loss"] == twice["predicted_loss"]
+    assert once["provenance"]["data_sha256"] == twice["provenance"]["data_sha256"]
+    tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "two")]
+    assert tensors[0] == tensors[1]
+
+
+def test_every_command_explains_itself():
+    for command in ("calibrate", "compress", "eval", "inspect"):
+        assert "--json" in run(command, "--help").stdout
+        assert command in run("--help").stdout
+
+
+def test_plain_svd_needs_no_calibration(workspace, tmp_path):
+    out = tmp_path / "out"
+    assert run_json("compress", workspace / "model", "--method", "svd", "--out", out)["provenance"]["num_losses"] == 0
+
+
+def test_the_report_is_written_on_request(workspace, tmp_path):
+    page = tmp_path / "report.html"
+    run("compress", workspace / "model", "--stats", workspace / "stats", "--out", tmp_path / "out", "--report", page)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+BAD = {
+    "keep above one": (["--keep", "1.5"], "keep must be a share of parameters in (0, 1], got 1.5"),
+    "keep of zero": (["--keep", "0"], "keep must be a share"),
+    "keep that is no number": (["--keep", "nan"], "keep must be a share"),
+    "neither statistics nor text": ([], "give either --stats DIR or --text TEXT"),
+    "missing statistics": (["--stats", "nowhere"], "cannot read"),
+    "missing text": (["--text", "nowhere.txt"], "there is no text nowhere.txt"),
+    "text too short": (["--text", "TEXT", "--sequences", "500"], "too short"),
+    "both sources": (["--text", "TEXT", "--stats", "STATS"], "and not both"),
+    "nothing but excluded layers": (["--text", "TEXT", *CALIBRATION, "--exclude", "."], "no linear layer to compress"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_is_one_line_and_writes_nothing(workspace, tmp_path, case):
+    options, message = BAD[case]
+    places = {"TEXT": workspace / "text.txt", "STATS": workspace / "stats"}
+    options = [places.get(option, option) for option in options]
+    result = run("compress", workspace / "model", "--out", tmp_path / "out", *options, status=1)
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "magic"), ("--ranks", "some"), ("--unit", "word"), ("--labels", "none"), ("--sweeps", "0")]
+)
+def test_an_unknown_choice_is_refused_with_the_choices(workspace, tmp_path, options):
+    result = run("compress", workspace / "model", "--out", tmp_path / "out", *options, status=2)
+    assert options[0] in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused_before_any_work_and_kept(workspace, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("compress", "no-such-model", "--method", "svd", "--out", tmp_path, status=1)
+    assert "is not empty" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_statistics_of_another_model_are_refused(workspace, tmp_path):
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    result = run(
+        "compress", tmp_path / "other", "--stats", workspace / "stats", "--out", tmp_path / "out", status=1
+    )  # fmt: skip
+    assert "not those that were calibrated" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_calibration_leaves_nothing(workspace, tmp_path):
+    command = [sys.executable, "-m", "gfwsvd", "calibrate", workspace / "model", "--text", workspace / "text.txt"]
+    options = [
+        "--sequences",
+        "100",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "1",
+        "--sweeps",
+        "1000",
+        "--stats",
+        tmp_path / "stats",
+    ]
+    process = subprocess.Popen(
+        [*map(str, command), *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"},
+    )
+    for character in iter(lambda: process.stderr.read(1), ""):
+        if character == "b":  # of the progress bar "calibration pass ...": the passes have begun
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, rest
+    assert "interrupted; nothing was written" in rest
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+"""The statistics directory: what comes back is what was collected, and what is broken is refused."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+import gfwsvd
+from gfwsvd import store
+from gfwsvd.errors import GfwsvdError
+from gfwsvd.store import JSON_NAME, TENSORS_NAME, load_statistics, pack, save_statistics, unpack
+from tiny_models import random_tokens, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def statistics(model):
+    return gfwsvd.calibrate(model, [{"input_ids": random_tokens(4, 16)}], sweeps=2)
+
+
+@pytest.fixture
+def folder(tmp_path, statistics):
+    save_statistics(statistics, tmp_path / "statistics", provenance={"text": "random"})
+    return tmp_path / "statistics"
+
+
+def test_packing_keeps_the_lower_triangle_and_reads_nothing_above_it():
+    matrix = torch.randn(7, 7)
+    bait = matrix.tril() + torch.full((7, 7), torch.nan).triu(1)
+    assert pack(bait).shape == (28,)
+    assert torch.equal(unpack(pack(bait), 7), matrix.tril())
+
+
+def test_loaded_statistics_equal_the_collected_ones(folder, statistics):
+    loaded, provenance = load_statistics(folder)
+    assert provenance == {"text": "random"}
+    for name in ("collected", "settings", "num_losses", "num_sequences", "data_sha256", "model_sha256", "unreached"):
+        assert getattr(loaded, name) == getattr(statistics, name), name
+    assert loaded.layers.keys() == statistics.layers.keys()
+    for name, expected in statistics.layers.items():
+        for field, value in vars(expected).items():
+            found = getattr(loaded.layers[name], field)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(found, value.tril() if value.dim() == 2 else value), (name, field)
+            else:
+                assert found == value, (name, field)
+
+
+def test_a_shared_input_moment_is_stored_once(folder, statistics):
+    names = [name for name in statistics.layers if name.startswith("model.layers.0.self_attn")]
+    moments = {id(load_statistics(folder)[0].layers[name].input_moment) for name in names}
+    assert len(names) == 4 and len(moments) == 4  # four separate loads
+    loaded = load_statistics(folder)[0].layers
+    query, key, value, output = (loaded[name].input_moment for name in names)
+    assert query is key is value and output is not query
+
+
+@pytest.mark.parametrize("method", gfwsvd.METHODS)
+def test_compression_from_the_directory_equals_compression_from_memory(folder, statistics, method):
+    models = [tiny_model("llama") for _ in range(2)]
+    for model, source in zip(models, (statistics, load_statistics(folder)[0]), strict=True):
+        gfwsvd.compress(model, method=method, keep=0.6, rank_multiple=1, statistics=source)
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys() and any(name.endswith(".up") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_statistics_of_other_weights_are_refused(folder):
+    other = tiny_model("llama", seed=1)
+    before = dict(other.named_modules())
+    with pytest.raises(GfwsvdError, match="weights are not those that were calibrated"):
+        gfwsvd.compress(other, statistics=load_statistics(folder)[0])
+    assert dict(other.named_modules()) == before
+
+
+def test_statistics_of_another_architecture_are_refused(folder):
+    with pytest.raises(GfwsvdError, match="belong to another model"):
+        gfwsvd.compress(tiny_model("opt"), statistics=load_statistics(folder)[0])
+
+
+def test_statistics_that_lack_what_a_method_needs_are_refused(model):
+    inputs = gfwsvd.calibrate(model, [{"input_ids": random_tokens(2, 8)}], collect=["inputs"])
+    with pytest.raises(GfwsvdError, match="kfac needs the statistics gradients, inputs; these hold inputs"):
+        gfwsvd.compress(model, method="kfac", statistics=inputs)
+
+
+def _truncate(folder):
+    file = folder / TENSORS_NAME
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _flip(folder):
+    file = folder / TENSORS_NAME
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 1
+    file.write_bytes(content)
+
+
+def _edit(change):
+    def damage(folder):
+        described = json.loads((folder / JSON_NAME).read_text())
+        change(described)
+        (folder / JSON_NAME).write_text(json.dumps(described))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "not a whole safetensors file"),
+        (_flip, "not the file that was written"),
+        (lambda folder: (folder / TENSORS_NAME).unlink(), "is missing"),
+        (lambda folder: (folder / JSON_NAME).unlink(), "cannot read"),
+        (lambda folder: (folder / JSON_NAME).write_text('{"statistics_version"'), "is not JSON"),
+        (_edit(lambda described: described.update(statistics_version=99)), "reads statistics_version"),
+        (_edit(lambda described: described.pop("layers")), "does not describe the tensors"),
+        (_edit(lambda described: next(iter(described["layers"].values())).update(d_in=3)), "calibrate again"),
+        (_edit(lambda described: described["sha256"].clear()), "does not describe the tensors"),
+    ],
+)
+def test_a_damaged_directory_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(GfwsvdError, match=message):
+        load_statistics(folder)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, statistics, monkeypatch):
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(GfwsvdError, match="No space left on device"):
+        save_statistics(statistics, tmp_path / "statistics")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_kept_unless_told_otherwise(folder, statistics):
+    before = (folder / JSON_NAME).read_text()
+    with pytest.raises(GfwsvdError, match="not empty"):
+        save_statistics(statistics, folder)
+    assert (folder / JSON_NAME).read_text() == before
+    save_statistics(statistics, folder, provenance={"text": "new"}, overwrite=True)
+    assert load_statistics(folder)[1] == {"text": "new"}
