@@ -26,7 +26,7 @@ def load_text(spec: str) -> str:
 
     Args:
         spec: one of
-            - a .txt or .raw file (UTF-8), taken as it is;
+            - a .txt file (UTF-8), taken as it is, or a .raw file in the layout of WikiText, its rows joined as the hub's;
             - a .jsonl or .parquet file of rows, or `FILE:FIELD` for the field to take;
             - a dataset on the hub, `owner/name[:config[:split]]`, split "train" by default;
             - `pydoc`, the language reference that every Python brings along; `pydoc:calibration` and `pydoc:heldout`,
@@ -69,7 +69,8 @@ def _read_file(file: Path, field: str | None) -> str:
         if file.suffix == ".parquet":
             return _rows_text(_dataset_rows("parquet", data_files=str(file)), field, str(file))
         if file.suffix in (".txt", ".raw") and field is None:
-            return file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            return _wikitext_rows(text) if file.suffix == ".raw" else text
     except UnicodeDecodeError as error:
         raise GfwsvdError(f"{file} is not UTF-8 text: {error}") from error
     except OSError as error:
@@ -77,6 +78,13 @@ def _read_file(file: Path, field: str | None) -> str:
     raise GfwsvdError(
         f"cannot take a text from {file}: expected FILE.txt, FILE.raw, FILE.jsonl[:FIELD] or FILE.parquet[:FIELD]"
     )
+
+
+def _wikitext_rows(text: str) -> str:
+    """The text that perplexities on WikiText are published for: the hub's rows, of which each line of a .raw file is one
+    (a space where it is empty), joined by an empty line."""
+    rows = text.removesuffix("\n").split("\n")
+    return "\n\n".join("" if row == " " else row + "\n" for row in rows)
 
 
 def _json_rows(file: Path) -> Iterator[Any]:

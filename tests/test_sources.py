@@ -215,11 +215,16 @@ def test_smollm2_reads_english_and_survives_a_folder(smollm2, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
-@pytest.mark.parametrize("name", ["text.txt", "wiki.valid.raw"])
-def test_a_text_file_is_taken_as_it_is(tmp_path, name):
+def test_a_text_file_is_taken_as_it_is(tmp_path):
     text = " \n = Title = \n \n Ünïcode , and more \n"
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_text(str(tmp_path / name)) == text
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    assert load_text(str(tmp_path / "text.txt")) == text
+
+
+def test_a_raw_file_gives_the_text_of_wikitexts_rows_on_the_hub(tmp_path):
+    rows = ["", " = Title = \n", "", " Ünïcode , and more \n"]  # as the hub has them
+    (tmp_path / "wiki.raw").write_text("".join(row or " \n" for row in rows), encoding="utf-8")
+    assert load_text(str(tmp_path / "wiki.raw")) == "\n\n".join(rows)
 
 
 ROWS = [{"id": 1, "title": "t", "text": "one\ntwo"}, {"id": 2, "title": "u", "text": "three"}]
