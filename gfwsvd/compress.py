@@ -136,6 +136,8 @@ def compress(
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_damping(damping)
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
     if statistics is None:
         if row.needs and batches is None:
             raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")

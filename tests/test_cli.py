@@ -130,6 +130,12 @@ def test_an_existing_folder_is_refused_before_any_work_and_kept(workspace, tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_compressed_model_is_not_compressed_again(workspace, tmp_path):
+    run("compress", workspace / "model", "--method", "svd", "--keep", "0.5", "--out", tmp_path / "once")
+    result = run("compress", tmp_path / "once", "--method", "svd", "--out", tmp_path / "twice", status=1)
+    assert "low-rank layers already" in result.stderr and not (tmp_path / "twice").exists()
+
+
 def test_statistics_of_another_model_are_refused(workspace, tmp_path):
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
     result = run(
