@@ -72,7 +72,7 @@ def sequence_unit_step(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_s
 
 def token_space_is_cheaper(num_tokens: int, d_in: int, d_out: int, has_metric: bool) -> bool:
     """Compare the multiply-adds of gᵀ(K g), K = x A xᵀ, with those of (G A) Gᵀ, G = gᵀx, for one sequence."""
-    token_space = num_tokens * (has_metric * d_in**2 + num_tokens * (d_in // 2 + d_out) + d_out**2 // 2)
+    token_space = num_tokens * (has_metric * d_in**2 + num_tokens * (d_in + d_out) + d_out**2 // 2)
     feature_space = d_out * d_in * (num_tokens + has_metric * d_in + d_out // 2)
     return token_space <= feature_space
 

@@ -8,6 +8,7 @@ is shipped:
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from gfwsvd_kernels import gram, lowrank, quadform, sequence, tiles
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_empty = partial(torch.empty, device="meta")
 TENSOR_CORE = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
@@ -107,40 +109,45 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 @cache
 def shipped_launches(arch: int) -> tuple[Launch, ...]:
-    """The distinct launches that the operators make on an architecture: dtypes, flags, alignments of strides."""
+    """The launches that the operators make on an architecture: every tile, with all flags where they may matter."""
     target = tiles.Target(arch, tiles.H200.num_sms)
     with recorded_launches() as launches:
-        _launch_all(torch.bfloat16, 4096, target)
-        _launch_all(torch.float32, 4096, target)
+        for dtype in (torch.bfloat16, torch.float32):
+            _launch_all(dtype, 4096, target)
+            _launch_other_flags(dtype, 4096, target)
         _launch_all(torch.float16, 4096, target)
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
-        _launch_ones(target)
+        if arch == tiles.H200.arch:
+            _launch_ones(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
 
 
 def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    empty = partial(torch.empty, device="meta")
     few, many, rank = 8, 2048, width // 8
-    x, weight, e = empty(many, width, dtype=dtype), empty(many), empty(many, width)
-    A = out = empty(width, width)
-    for splits in (1, 2):
-        gram.gram_accumulate(out, x, target=target, splits=splits)
-        gram.gram_accumulate(out, x, weight, target=target, splits=splits)
-        gram.gram_accumulate(out, x, other=e, target=target, splits=splits)
+    x, weight, A = _empty(many, width, dtype=dtype), _empty(many), _empty(width, width)
+    gram.gram_accumulate(A, x, weight, target=target, splits=2)
     quadform.quadratic_form(x, A, target=target)
-    for metric in (None, A):
-        sequence.sequence_unit_step(out, x, x, metric, empty(3, dtype=torch.int64), target=target)
-    down, up, bias = (empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
+    sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
+    down, up, bias = (_empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
     for num_tokens in (few, many):
         lowrank.lowrank_linear(x[:num_tokens], down, up, bias, target=target)
 
 
+def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
+    x, weight, A = _empty(2048, width, dtype=dtype), _empty(2048), _empty(width, width)
+    gram.gram_accumulate(A, x, weight, target=target, splits=1)
+    for splits in (1, 2):
+        gram.gram_accumulate(A, x, target=target, splits=splits)
+        gram.gram_accumulate(A, x, other=x.float(), target=target, splits=splits)
+    sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
+
+
 def _launch_ones(target: tiles.Target) -> None:
     """Sizes and strides of one, which Triton turns into constants: other code, which must compile too."""
-    one = torch.empty(1, 1, device="meta")
+    one = _empty(1, 1)
     gram.gram_accumulate(one, one, one[0], target=target)
     quadform.quadratic_form(one, one, target=target)
-    sequence.sequence_unit_step(one, one, one, one, torch.empty(2, dtype=torch.int64, device="meta"), target=target)
+    sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
     lowrank.lowrank_linear(one, one, one, one[0], target=target)
 
 
@@ -155,7 +162,7 @@ def report(arch: int, number: int) -> dict[str, Any]:
 
 def main() -> None:
     jobs = [(arch, number) for arch in map(int, sys.argv[1:]) for number in range(len(shipped_launches(arch)))]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         for row in pool.map(report, *zip(*jobs, strict=True)):
             print(json.dumps(row), flush=True)
 

@@ -1,8 +1,7 @@
-"""Tile sizes and split counts, by architecture: tables instead of autotuning, which an operator that updates its output
-cannot have.
+"""Tile sizes and split counts by architecture: tables, since an operator that updates its output cannot be autotuned.
 
-The entries come from ahead-of-time compilation: the largest tiles found that neither spill nor lose their tensor-core
-instructions on the architecture. `tests/kernels/test_aot.py` compiles every one of them again.
+The entries come from ahead-of-time compilation: tiles that neither spill nor lose their tensor-core instructions on the
+architecture. `tests/kernels/test_aot.py` compiles every one of them again.
 """
 
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ def token_splits(num_tokens: int, num_tiles: int, num_sms: int, least_tokens: in
     """Into how many parts to cut the tokens, so that the programs, one for each output tile and part, fill the SMs.
 
     The smallest count that keeps 90 % of the SMs busy over all waves of programs, else the one that keeps most busy,
-    among those that leave each part `least_tokens` and make at most eight waves, as many waves hardly idle anyway.
+    among those that leave each part `least_tokens` and make at most eight waves, beyond which SMs hardly idle.
     """
     most = max(1, min(num_tokens // least_tokens, 8 * num_sms // num_tiles))
 
