@@ -21,8 +21,11 @@ from .statistics import (
     Sweep,
     accumulate_inputs,
     accumulate_outputs,
+    clip_tokens,
     power_of_two_scale,
 )
+
+CLIP = 3.0
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -42,7 +45,7 @@ class Statistics:
     Attributes:
         layers: by module name.
         collected: which of "inputs", "gradients", "kronecker" they hold.
-        settings: unit, labels, sweeps and seed of the Kronecker factors.
+        settings: unit, labels, sweeps, clip and seed of the Kronecker factors.
         num_losses: loss terms (predicted tokens) of one pass.
         num_sequences: sequences of one pass.
         data_sha256: of the calibration batches.
@@ -70,6 +73,7 @@ def calibrate(
     unit: str = "token",
     labels: str = "empirical",
     sweeps: int = 2,
+    clip: float = CLIP,
     seed: int = 0,
     exclude: Iterable[str] = (),
     loss: Loss | None = None,
@@ -84,6 +88,8 @@ def calibrate(
             takes, (B, S) first; a 0 in "attention_mask" (B, S) keeps a position out of all statistics.
         collect: "inputs" (one forward pass), "gradients" (one backward pass), "kronecker" (`sweeps` passes).
         unit: the Fisher's gradient sample: "token", "sequence" or "batch".
+        clip: in the Kronecker factors, the gradient of a token counts at most `clip` times the median of its sequence;
+            0 for no limit.
         labels: "empirical" takes the data's next tokens, "sampled" draws them from the model's own distribution.
         exclude: regular expressions; a layer whose name one of them matches is not collected.
         loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy.
@@ -94,7 +100,7 @@ def calibrate(
             user's loss together with sampled labels.
     """
     collect = frozenset(collect)
-    _check_settings(collect, unit, labels, sweeps, loss)
+    _check_settings(collect, unit, labels, sweeps, clip, loss)
     if not collect:
         linears = find_linears(model, exclude=exclude)
         layers = {name: LayerStatistics(*_sizes(module)) for name, module in linears.items()}
@@ -102,7 +108,7 @@ def calibrate(
     batches = [dict(batch) for batch in batches]
     if not batches:
         raise GfwsvdError("calibration needs at least one batch, got none; give a longer text or more sequences")
-    settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "seed": seed}
+    settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed}
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
         leaders = _input_leaders(model, linears, batches[0], loss)
@@ -137,7 +143,9 @@ def data_sha256(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _check_settings(collect: frozenset[str], unit: str, labels: str, sweeps: int, loss: Loss | None) -> None:
+def _check_settings(
+    collect: frozenset[str], unit: str, labels: str, sweeps: int, clip: float, loss: Loss | None
+) -> None:
     if not collect <= {INPUTS, GRADIENTS, KRONECKER}:
         raise GfwsvdError(f"collect must be among inputs, gradients, kronecker, got {', '.join(sorted(collect))}")
     if unit not in UNITS:
@@ -146,6 +154,8 @@ def _check_settings(collect: frozenset[str], unit: str, labels: str, sweeps: int
         raise GfwsvdError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}")
     if sweeps < 1:
         raise GfwsvdError(f"sweeps must be at least 1, got {sweeps}")
+    if not 0 <= clip < float("inf"):
+        raise GfwsvdError(f"clip must be a number of medians, or 0 for no limit, got {clip}")
     if labels == "sampled" and loss is not None:
         raise GfwsvdError("labels 'sampled' belong to the next-token loss; with a loss of your own, sample inside it")
 
@@ -312,9 +322,10 @@ class _Collector:
         if self.first_pass:
             self._add_input(name, x)
             if GRADIENTS in self.collected:
-                accumulate_outputs(stats, g)
+                accumulate_outputs(stats, x, g)
         if KRONECKER in self.collected:
-            self.sweeps[name].accumulate(x, g, offsets)
+            clip = self.statistics.settings["clip"]
+            self.sweeps[name].accumulate(x, clip_tokens(x, g, offsets, clip=clip), offsets)
 
     def _add_input(self, name: str, x: Tensor) -> None:
         stats = self.statistics.layers[name]

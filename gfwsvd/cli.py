@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, sources
-from .calibration import calibrate
+from .calibration import CLIP, calibrate
 from .checkpoint import inspect as inspect_checkpoint
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
@@ -56,6 +56,9 @@ LabelsOption = Annotated[
     Labels, typer.Option("--labels", help="the text's own next tokens, or tokens drawn from the model")
 ]
 Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the text that refine the Kronecker factors")]
+Clip = Annotated[
+    float, typer.Option("--clip", min=0, help="most that one token's gradient counts, in medians; 0 for no limit")
+]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
 Exclude = Annotated[
     list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
@@ -95,6 +98,7 @@ def calibrate_command(
     unit: UnitOption = Unit["token"],
     labels: LabelsOption = Labels["empirical"],
     sweeps: Sweeps = 2,
+    clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: DtypeOption = None,
@@ -109,7 +113,7 @@ def calibrate_command(
         sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
     )
     statistics = calibrate(
-        loaded, batches, unit=unit, labels=labels, sweeps=sweeps, seed=seed, exclude=exclude, track=bar
+        loaded, batches, unit=unit, labels=labels, sweeps=sweeps, clip=clip, seed=seed, exclude=exclude, track=bar
     )
     provenance = _provenance(name, text, sequences, seq_len)
     save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
@@ -152,6 +156,7 @@ def compress_command(
     unit: UnitOption = Unit["token"],
     labels: LabelsOption = Labels["empirical"],
     sweeps: Sweeps = 2,
+    clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: DtypeOption = None,
@@ -190,6 +195,7 @@ def compress_command(
         unit=unit,
         labels=labels,
         sweeps=sweeps,
+        clip=clip,
         seed=seed,
         exclude=exclude,
         track=bar,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, Loss, Statistics, Track, calibrate, silent
+from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
 from .factorize import Decomposition, decompose
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
@@ -110,6 +110,7 @@ def compress(
     unit: str = "token",
     labels: str = "empirical",
     sweeps: int = 2,
+    clip: float = CLIP,
     seed: int = 0,
     exclude: Iterable[str] = (),
     loss: Loss | None = None,
@@ -125,7 +126,7 @@ def compress(
         rank_multiple: ranks are multiples of it.
         damping: added to each metric's diagonal, relative to its mean.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
-        unit, labels, sweeps, seed, exclude, loss: see `calibrate`.
+        unit, labels, sweeps, clip, seed, exclude, loss: see `calibrate`.
         track: wraps long loops to show progress.
 
     Raises:
@@ -148,6 +149,7 @@ def compress(
             unit=unit,
             labels=labels,
             sweeps=sweeps,
+            clip=clip,
             seed=seed,
             exclude=exclude,
             loss=loss,

@@ -12,7 +12,7 @@ from .whiten import Root, root
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The singular value decomposition of a whitened weight `Clᵀ W Cr = U S Vᵀ`, where `left = Cl Clᵀ`, `right = Cr Crᵀ`.
+    """The singular value decomposition of a whitened weight, `Clᵀ W Cr = U S Vᵀ`; `left = Cl Clᵀ`, `right = Cr Crᵀ`.
 
     Attributes:
         spectrum: S in descending order, (min(D_OUT, D_IN),) float64; `sum(S[r:] ** 2)` is the objective at rank r.

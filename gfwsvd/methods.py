@@ -81,7 +81,7 @@ METHODS = {
     row.name: row
     for row in (
         Method("svd", frozenset(), _identity, _identity, False, "Eckart and Young, 1936"),
-        Method("fwsvd", frozenset({KRONECKER}), _fisher_rows, _identity, True, "Hsu et al., ICLR 2022"),
+        Method("fwsvd", frozenset({GRADIENTS}), _fisher_rows, _identity, True, "Hsu et al., ICLR 2022"),
         Method("asvd", frozenset({INPUTS}), _identity, _input_abs, False, "arXiv 2312.05821"),
         Method("svd_llm", frozenset({INPUTS}), _identity, _input_moment, False, "ICLR 2025, arXiv 2403.07378"),
         Method("kfac", frozenset({INPUTS, GRADIENTS}), _output_moment, _input_moment, True, "arXiv 1503.05671"),

@@ -35,7 +35,7 @@ class LayerStatistics:
         input_moment: `sum x xᵀ` (D_IN, D_IN); layers with the same input share one tensor (and `input_abs`).
         input_abs: `sum |x|` (D_IN,).
         output_moment: `sum g gᵀ` (D_OUT, D_OUT), of scaled gradients.
-        fisher_rows: sum over samples of the squared gradients of each weight row (D_OUT,), of scaled gradients.
+        fisher_rows: sum over tokens of the squared gradients of each weight row (D_OUT,), of scaled gradients.
         left, right: the Kronecker factors, of Frobenius norm one.
         scale: s1, so that `scale * left ⊗ right` fits the sum over samples of scaled gradients best.
         trace: `sum ||G_i||²`, the trace of what is fitted.
@@ -66,6 +66,28 @@ def power_of_two_scale(g: Tensor) -> float:
     return 2.0 ** -round(math.log2(mean_square) / 2) if mean_square else 1.0
 
 
+def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Tensor:
+    """`g (T, D_OUT)`, its rows scaled down where `g_t x_tᵀ` has more than `clip` times the median Frobenius norm of its
+    sequence. A few tokens would otherwise own the fourth-order weights of the power iteration.
+
+    Args:
+        x: inputs (T, D_IN).
+        cu_seqlens: sequence offsets (N + 1,).
+        clip: positive; 0 for no clipping.
+    """
+    if not clip:
+        return g
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
+        g, dim=1, dtype=torch.float32
+    )
+    scales = torch.ones_like(norms)
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        sizes = norms[start:stop]
+        if (positive := sizes[sizes > 0]).numel():  # the last token predicts nothing and has no gradient
+            scales[start:stop] = (clip * positive.median() / sizes).clamp_(max=1)
+    return g * scales[:, None]
+
+
 def accumulate_inputs(stats: LayerStatistics, x: Tensor) -> None:
     """Adds a batch of inputs `x (T, D_IN)` to `input_abs` and `input_moment`."""
     if stats.input_moment is None or stats.input_abs is None:
@@ -75,11 +97,13 @@ def accumulate_inputs(stats: LayerStatistics, x: Tensor) -> None:
     stats.input_abs += x.abs().sum(0, dtype=torch.float32)
 
 
-def accumulate_outputs(stats: LayerStatistics, g: Tensor) -> None:
-    """Adds a batch of scaled gradients `g (T, D_OUT)` to `output_moment`."""
-    if stats.output_moment is None:
+def accumulate_outputs(stats: LayerStatistics, x: Tensor, g: Tensor) -> None:
+    """Adds a batch of inputs `x (T, D_IN)` and scaled gradients `g (T, D_OUT)` to `output_moment` and `fisher_rows`."""
+    if stats.output_moment is None or stats.fisher_rows is None:
         stats.output_moment = g.new_zeros(stats.d_out, stats.d_out, dtype=torch.float32)
+        stats.fisher_rows = g.new_zeros(stats.d_out, dtype=torch.float32)
     gram_accumulate(stats.output_moment, g)
+    stats.fisher_rows += _token_weights(x, None) @ g.float().square()
 
 
 class Sweep:
@@ -93,7 +117,7 @@ class Sweep:
         self.sketch = _Sketch(stats, sketch_seed) if sketch_seed is not None else None
 
     def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
-        """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, sequence offsets `cu_seqlens (N + 1,)`."""
+        """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,)."""
         if self.left is None or self.right is None:
             self.left = x.new_zeros(self.stats.d_out, self.stats.d_out, dtype=torch.float32)
             self.right = x.new_zeros(self.stats.d_in, self.stats.d_in, dtype=torch.float32)
@@ -113,8 +137,7 @@ class Sweep:
         if self.left is None or self.right is None:
             return None
         if stats.right is None:  # the identity, not normalised, was the start
-            stats.fisher_rows = self.left.diagonal().clone()
-            stats.trace = stats.fisher_rows.sum(dtype=torch.float64).item()
+            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item()
             start_norms = stats.d_in**0.5, stats.d_out**0.5
         else:
             start_norms = 1.0, 1.0

@@ -26,7 +26,7 @@ def load_text(spec: str) -> str:
 
     Args:
         spec: one of
-            - a .txt file (UTF-8), taken as it is, or a .raw file in the layout of WikiText, its rows joined as the hub's;
+            - a .txt file (UTF-8), taken as it is, or a .raw file in WikiText's layout, its rows joined as the hub's;
             - a .jsonl or .parquet file of rows, or `FILE:FIELD` for the field to take;
             - a dataset on the hub, `owner/name[:config[:split]]`, split "train" by default;
             - `pydoc`, the language reference that every Python brings along; `pydoc:calibration` and `pydoc:heldout`,
@@ -81,8 +81,8 @@ def _read_file(file: Path, field: str | None) -> str:
 
 
 def _wikitext_rows(text: str) -> str:
-    """The text that perplexities on WikiText are published for: the hub's rows, of which each line of a .raw file is one
-    (a space where it is empty), joined by an empty line."""
+    """The text that perplexities on WikiText are published for: the hub's rows joined by an empty line. Each line of a
+    .raw file is a row, a space standing for the empty one."""
     rows = text.removesuffix("\n").split("\n")
     return "\n\n".join("" if row == " " else row + "\n" for row in rows)
 

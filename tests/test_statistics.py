@@ -10,6 +10,7 @@ from gfwsvd.statistics import (
     Sweep,
     accumulate_inputs,
     accumulate_outputs,
+    clip_tokens,
     power_of_two_scale,
 )
 
@@ -88,13 +89,42 @@ def test_convergence_is_the_sine_of_the_turn_of_the_right_factor():
     assert _swept(x, g, unit="token", sweeps=2).convergence == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_fisher_rows_are_the_sums_of_squared_gradients_of_the_weight_rows(unit):
+def test_fisher_rows_are_the_sums_of_squared_gradients_of_the_weight_rows():
     x, g = _tokens()
-    expected = gradient_samples(x, g, OFFSETS, unit).square().sum((0, 2))
+    stats = LayerStatistics(D_IN, D_OUT)
+    for rows in (slice(0, 13), slice(13, 40)):
+        accumulate_outputs(stats, x[rows], g[rows])
+    expected = gradient_samples(x, g, OFFSETS, "token").square().sum((0, 2))
+    torch.testing.assert_close(stats.fisher_rows.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_trace_is_the_sum_of_squared_norms_of_the_gradient_samples(unit):
+    x, g = _tokens()
+    expected = gradient_samples(x, g, OFFSETS, unit).square().sum().item()
     for sweeps in (1, 3):
-        found = _swept(x, g, unit=unit, sweeps=sweeps).fisher_rows
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+        assert _swept(x, g, unit=unit, sweeps=sweeps).trace == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_limits_a_token_to_so_many_medians_of_its_sequence():
+    x, g = _tokens()
+    g[4] = 0  # predicts nothing
+    clipped = clip_tokens(x, g, OFFSETS, clip=1.5)
+    before, after = (x.norm(dim=1) * rows.norm(dim=1) for rows in (g, clipped))
+    for start, stop in zip(OFFSETS[:-1].tolist(), OFFSETS[1:].tolist(), strict=True):
+        if start < stop:
+            positive = before[start:stop][before[start:stop] > 0]
+            limit = 1.5 * positive.median()
+            torch.testing.assert_close(after[start:stop], before[start:stop].clamp(max=limit))
+    assert 0 < (after < 0.999 * before).sum() < 20
+    torch.testing.assert_close(clipped * g.norm(dim=1)[:, None], g * clipped.norm(dim=1)[:, None])  # directions stay
+
+
+def test_clipping_of_zero_and_of_very_much_changes_nothing():
+    x, g = _tokens()
+    assert clip_tokens(x, g, OFFSETS, clip=0) is g
+    assert torch.equal(clip_tokens(x, g, OFFSETS, clip=1e6), g)
+    assert torch.equal(clip_tokens(x, torch.zeros_like(g), OFFSETS, clip=3), torch.zeros_like(g))
 
 
 @pytest.mark.parametrize("unit", ["token", "sequence"])
@@ -123,7 +153,7 @@ def test_where_the_fisher_block_is_exactly_kronecker_it_is_kfac(parts):
     x, g = x.float(), g.float()
     stats = _swept(x, g, unit="token", sweeps=2, offsets=torch.arange(len(x) + 1), parts=parts, sketch_seed=0)
     accumulate_inputs(stats, x)
-    accumulate_outputs(stats, g)
+    accumulate_outputs(stats, x, g)
     kfac = torch.kron(symmetric(stats.output_moment), symmetric(stats.input_moment)) / len(x)
     gfwsvd = stats.scale * torch.kron(symmetric(stats.left), symmetric(stats.right))
     torch.testing.assert_close(gfwsvd, torch.kron(left, right), rtol=1e-4, atol=1e-3)
@@ -202,7 +232,7 @@ def test_moments_are_plain_sums_over_tokens():
     stats = LayerStatistics(D_IN, D_OUT)
     for part in (slice(0, 13), slice(13, 40)):
         accumulate_inputs(stats, x[part])
-        accumulate_outputs(stats, g[part])
+        accumulate_outputs(stats, x[part], g[part])
     torch.testing.assert_close(symmetric(stats.input_moment), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(symmetric(stats.output_moment), g.double().T @ g.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(stats.input_abs.double(), x.double().abs().sum(0), rtol=1e-5, atol=0)
