@@ -85,7 +85,7 @@ def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Ten
         sizes = norms[start:stop]
         if (positive := sizes[sizes > 0]).numel():  # the last token predicts nothing and has no gradient
             scales[start:stop] = (clip * positive.median() / sizes).clamp_(max=1)
-    return g * scales[:, None]
+    return g * scales[:, None].to(g.dtype)
 
 
 def accumulate_inputs(stats: LayerStatistics, x: Tensor) -> None:
@@ -114,6 +114,7 @@ class Sweep:
         self.stats, self.unit = stats, unit
         self.left: Tensor | None = None
         self.right: Tensor | None = None
+        self.scales: tuple[float, ...] = ()  # bring token weights near one, which half-precision operands need
         self.sketch = _Sketch(stats, sketch_seed) if sketch_seed is not None else None
 
     def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
@@ -122,8 +123,10 @@ class Sweep:
             self.left = x.new_zeros(self.stats.d_out, self.stats.d_out, dtype=torch.float32)
             self.right = x.new_zeros(self.stats.d_in, self.stats.d_in, dtype=torch.float32)
         if self.unit == "token":
-            gram_accumulate(self.left, g, weight=_token_weights(x, self.stats.right))
-            gram_accumulate(self.right, x, weight=_token_weights(g, self.stats.left))
+            weights = _token_weights(x, self.stats.right), _token_weights(g, self.stats.left)
+            self.scales = self.scales or tuple(power_of_two_scale(weight.sqrt()) ** 2 for weight in weights)
+            gram_accumulate(self.left, g, weight=weights[0] * self.scales[0])
+            gram_accumulate(self.right, x, weight=weights[1] * self.scales[1])
         else:
             offsets = cu_seqlens if self.unit == "sequence" else cu_seqlens[[0, -1]]
             sequence_unit_step(self.left, x, g, self.stats.right, offsets)
@@ -136,8 +139,9 @@ class Sweep:
         stats = self.stats
         if self.left is None or self.right is None:
             return None
+        scales = self.scales or (1.0, 1.0)
         if stats.right is None:  # the identity, not normalised, was the start
-            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item()
+            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item() / scales[0]
             start_norms = stats.d_in**0.5, stats.d_out**0.5
         else:
             start_norms = 1.0, 1.0
@@ -149,7 +153,7 @@ class Sweep:
         if stats.right is not None:
             cosine = inner(self.right, stats.right)
         stats.convergence.append(max(0.0, 1.0 - cosine**2) ** 0.5)
-        stats.scale = (sizes[0] / start_norms[0] * sizes[1] / start_norms[1]) ** 0.5
+        stats.scale = math.prod(s / n / w for s, n, w in zip(sizes, start_norms, scales, strict=True)) ** 0.5
         stats.left, stats.right = self.left, self.right
         return self.sketch
 
