@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -34,10 +35,10 @@ def packaged_smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def dense_row(model: nn.Module, windows: Tensor, *, track: Track) -> dict[str, Any]:
+def dense_row(model: nn.Module, windows: Tensor, *, track: Track, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The row of the uncompressed model, which all others are compared with."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = gfwsvd.evaluate(model, windows, track=track).to_json()
+    found = gfwsvd.evaluate(copy.deepcopy(model).to(dtype), windows, track=track).to_json()
     return {"name": "dense", "method": "dense", "keep": 1.0, "kept": 1.0, "model_stored": parameters, **found}
 
 
@@ -48,6 +49,7 @@ def compressed_rows(
     windows: Tensor,
     *,
     track: Track,
+    dtype: torch.dtype = torch.float32,
     keep_model: Callable[[Run, nn.Module, CompressionReport], nn.Module] | None = None,
 ) -> Iterator[tuple[dict[str, Any], CompressionReport]]:
     """Compresses a copy of `model` for each run and evaluates it; yields its row and its report as they come.
@@ -55,9 +57,10 @@ def compressed_rows(
     Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
 
     Args:
+        dtype: of the models when they are evaluated, the dense one too.
         keep_model: called with each compressed model; what it returns is evaluated in its place.
     """
-    reference = ReferenceLogits(model, windows, track=track)
+    reference = ReferenceLogits(copy.deepcopy(model).to(dtype), windows, track=track)
     for run in runs:
         compressed = copy.deepcopy(model)
         began = time.perf_counter()
@@ -73,7 +76,7 @@ def compressed_rows(
         compress_seconds = time.perf_counter() - began
         if keep_model is not None:
             compressed = keep_model(run, compressed, report)
-        found = gfwsvd.evaluate(compressed, windows, reference=reference, track=track).to_json()
+        found = gfwsvd.evaluate(compressed.to(dtype), windows, reference=reference, track=track).to_json()
         row = {
             "name": f"{run.method}, {run.ranks} ranks",
             "method": run.method,

@@ -9,6 +9,7 @@ linear layers' weights that is stored; ranks are not rounded to multiples, so th
 import argparse
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import gfwsvd
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=40, help="evaluation windows")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the evaluation")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.9])
     parser.add_argument("--methods", nargs="+", choices=list(gfwsvd.METHODS), default=list(gfwsvd.METHODS))
     parser.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS))
@@ -50,6 +52,7 @@ def main() -> None:
     windows = gfwsvd.windows(
         gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
     )
+    dtype = getattr(torch, arguments.dtype)
     about = {
         "model": name,
         "calibration": Path(arguments.calibration).name,
@@ -58,10 +61,13 @@ def main() -> None:
         "settings": statistics.settings,
         "evaluation": Path(arguments.evaluation).name,
         "windows": list(windows.shape),
+        "evaluation_dtype": arguments.dtype,
     }
     done = {(row["method"], row.get("ranks"), row["keep"]) for row in record.read(arguments.results)}
     if ("dense", None, 1.0) not in done:
-        record.append(arguments.results, {**dense_row(model, windows, track=bar), **about, **record.provenance()})
+        record.append(
+            arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **record.provenance()}
+        )
     runs = [
         Run(method, ranks, keep)
         for keep in arguments.keep
@@ -69,7 +75,7 @@ def main() -> None:
         for method in arguments.methods
         if (method, ranks, keep) not in done
     ]
-    for row, _ in compressed_rows(model, statistics, runs, windows, track=bar):
+    for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype):
         record.append(arguments.results, {**row, **about, **record.provenance()})
         print(f"{row['name']}, keep {row['keep']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}", flush=True)
     rows = record.read(arguments.results)
