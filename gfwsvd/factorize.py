@@ -26,14 +26,19 @@ class Decomposition:
     right: Root
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """`up (D_OUT, R)` and `down (R, D_IN)`, float64, that minimise the objective at `rank`; S is split evenly."""
-        weight = weight.double()
-        split = self.spectrum[:rank].sqrt()
-        inverse = torch.where(split > 0, 1 / split, 0.0)
-        kept = self.basis[:, :rank]
+        """`up (D_OUT, R)` and `down (R, D_IN)`, float64, that minimise the objective at `rank`.
+
+        Each column of up is as long as the row of down that it meets, whatever the scale of the metrics, so that both
+        fit a narrow dtype. At a smaller rank the factors are the first columns and rows of these.
+        """
+        weight, kept = weight.double(), self.basis[:, :rank]
         if weight.shape[0] >= weight.shape[1]:  # Cl⁻ᵀ U S = W Cr V
-            return self.right.times(weight) @ kept * inverse, self.right.solve(split[:, None] * kept.T)
-        return self.left.solve(split[:, None] * kept.T).T, inverse[:, None] * (kept.T @ self.left.times(weight.T).T)
+            up, down = self.right.times(weight) @ kept, self.right.solve(kept.T)
+        else:  # S Vᵀ Cr⁻¹ = Uᵀ Clᵀ W
+            up, down = self.left.solve(kept.T).T, kept.T @ self.left.times(weight.T).T
+        up_norms, down_norms = up.norm(dim=0), down.norm(dim=1)
+        balance = torch.where(up_norms * down_norms > 0, (down_norms / up_norms).sqrt(), 0.0)
+        return up * balance, torch.where(balance > 0, 1 / balance, 0.0)[:, None] * down
 
 
 def decompose(weight: Tensor, left: Metric, right: Metric, *, damping: float, name: str) -> Decomposition:

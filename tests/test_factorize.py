@@ -118,13 +118,21 @@ def test_a_weight_of_zeros_gives_factors_of_zeros():
 
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_the_spectrum_is_split_evenly_between_the_factors(shape):
-    weight = torch.randn(SHAPES[shape])
-    found = decompose(weight, None, None, damping=0.0, name="layer")
-    up, down = found.factors(weight, 4)
-    expected = torch.diag(found.spectrum[:4])
-    torch.testing.assert_close(up.T @ up, expected, rtol=0, atol=1e-11)
-    torch.testing.assert_close(down @ down.T, expected, rtol=0, atol=1e-11)
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_columns_of_up_are_as_long_as_rows_of_down_whatever_the_scale_of_the_metrics(shape, scale):
+    weight, left, right = _case(shape, "matrix", "matrix")
+    up, down = decompose(weight, scale * left.double(), right, damping=0.01, name="layer").factors(weight, 4)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-12, atol=0)
+    assert 1e-2 < up.norm() < 1e2
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_the_factors_at_a_smaller_rank_are_the_first_of_those_at_a_larger(shape):
+    weight, left, right = _case(shape, "matrix", "matrix")
+    found = decompose(weight, left, right, damping=0.01, name="layer")
+    (up, down), (more_up, more_down) = found.factors(weight, 2), found.factors(weight, 5)
+    torch.testing.assert_close(more_up[:, :2], up, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(more_down[:2], down, rtol=1e-12, atol=1e-13)
 
 
 def test_the_scale_of_the_metrics_changes_the_spectrum_alone():
