@@ -72,7 +72,7 @@ def calibrate(
     collect: Iterable[str] = (INPUTS, GRADIENTS, KRONECKER),
     unit: str = "token",
     labels: str = "empirical",
-    sweeps: int = 2,
+    sweeps: int = 1,
     clip: float = CLIP,
     seed: int = 0,
     exclude: Iterable[str] = (),

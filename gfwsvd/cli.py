@@ -97,7 +97,7 @@ def calibrate_command(
     batch_size: BatchSize = 4,
     unit: UnitOption = Unit["token"],
     labels: LabelsOption = Labels["empirical"],
-    sweeps: Sweeps = 2,
+    sweeps: Sweeps = 1,
     clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
@@ -155,7 +155,7 @@ def compress_command(
     batch_size: BatchSize = 4,
     unit: UnitOption = Unit["token"],
     labels: LabelsOption = Labels["empirical"],
-    sweeps: Sweeps = 2,
+    sweeps: Sweeps = 1,
     clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it

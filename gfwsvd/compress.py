@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
-from .factorize import Decomposition, decompose
+from .factorize import decompose
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from .methods import Method, method_named
 from .ranks import Candidate, allocate, check_keep, check_ranks
@@ -109,7 +109,7 @@ def compress(
     statistics: Statistics | None = None,
     unit: str = "token",
     labels: str = "empirical",
-    sweeps: int = 2,
+    sweeps: int = 1,
     clip: float = CLIP,
     seed: int = 0,
     exclude: Iterable[str] = (),
@@ -157,26 +157,22 @@ def compress(
         )
     began = time.perf_counter()
     linears = _checked_linears(model, statistics, row)
-    decompositions = {
-        name: _decompose(name, linears[name], statistics, row, damping)
-        for name in track(list(linears), f"{method}: spectra of {len(linears)} layers")
+    solutions = {
+        name: _solve(name, linears[name], statistics, row, damping)
+        for name in track(list(linears), f"{method}: {len(linears)} layers")
     }
-    candidates = {
-        name: Candidate(stats.d_out, stats.d_in, decompositions[name].spectrum.cpu())
-        for name, stats in statistics.layers.items()
-    }
+    candidates = {name: solution.candidate for name, solution in solutions.items()}
     chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple)
     model_dense = _parameters(model)
     layers = {
-        name: _low_rank(module, decompositions[name], rank)
-        for name, module in track(list(linears.items()), f"{method}: factors")
+        name: _low_rank(module, solutions[name], rank)
+        for name, module in linears.items()
         if (rank := chosen[name]) is not None
     }
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     reports = [
-        _layer_report(name, candidates[name], chosen[name], decompositions[name], statistics.layers[name], row)
-        for name in linears
+        _layer_report(name, solutions[name], chosen[name], statistics.layers[name], row, keep=keep) for name in linears
     ]
     stored, dense = sum(layer.stored for layer in reports), sum(layer.dense for layer in reports)
     return CompressionReport(
@@ -226,31 +222,46 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
     return linears
 
 
-def _decompose(name: str, module: nn.Module, statistics: Statistics, row: Method, damping: float) -> Decomposition:
-    stats = statistics.layers[name]
+class _Solution(NamedTuple):
+    """What is kept of a layer's decomposition until ranks are chosen: less than the layer's own size.
+
+    `up` and `down`, in the weight's dtype, have the largest rank that is smaller than the weight; any lower rank is the
+    first part of them. `soundness` holds the report's fields on damping and condition.
+    """
+
+    candidate: Candidate
+    up: Tensor
+    down: Tensor
+    soundness: dict[str, float]
+
+
+def _solve(name: str, module: nn.Module, statistics: Statistics, row: Method, damping: float) -> _Solution:
+    stats, weight = statistics.layers[name], dense_weight(module)
     left, right = row.left(stats, statistics.num_losses), row.right(stats)
-    return decompose(dense_weight(module), left, right, damping=damping, name=name)
+    found = decompose(weight, left, right, damping=damping, name=name)
+    candidate = Candidate(stats.d_out, stats.d_in, found.spectrum.cpu())
+    up, down = found.factors(weight, candidate.largest_rank)
+    soundness = {
+        f"{what}_{side}": getattr(root, what)
+        for side, root in (("left", found.left), ("right", found.right))
+        for what in ("damping", "condition")
+    }
+    return _Solution(candidate, up.to(weight.dtype), down.to(weight.dtype), soundness)
 
 
-def _low_rank(module: nn.Module, decomposition: Decomposition, rank: int) -> LowRankLinear:
-    weight = dense_weight(module)
-    up, down = decomposition.factors(weight, rank)
-    bias = cast(Tensor | None, module.bias)
-    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), bias)
+def _low_rank(module: nn.Module, solution: _Solution, rank: int) -> LowRankLinear:
+    up, down = solution.up[:, :rank].clone(), solution.down[:rank].clone()
+    layer = LowRankLinear.from_factors(up, down, cast(Tensor | None, module.bias))
     return layer.train(module.training)
 
 
 def _layer_report(
-    name: str,
-    candidate: Candidate,
-    rank: int | None,
-    decomposition: Decomposition,
-    stats: LayerStatistics,
-    row: Method,
+    name: str, solution: _Solution, rank: int | None, stats: LayerStatistics, row: Method, *, keep: float
 ) -> LayerReport:
-    spectrum = decomposition.spectrum
+    candidate, spectrum = solution.candidate, solution.candidate.spectrum
     points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
     kronecker = row.name == "gfwsvd"
+    reason = "keep is 1" if keep == 1 else "its parameters are worth more than the same number in other layers"
     return LayerReport(
         name=name,
         kind="dense" if rank is None else "lowrank",
@@ -260,17 +271,12 @@ def _layer_report(
         stored=candidate.stored(rank),
         dense=candidate.dense,
         predicted_loss=0.0 if rank is None else candidate.tails()[rank].item(),
-        damping_left=decomposition.left.damping,
-        damping_right=decomposition.right.damping,
-        condition_left=decomposition.left.condition,
-        condition_right=decomposition.right.condition,
         convergence=stats.convergence[-1] if kronecker else None,
         kronecker_residual=stats.kronecker_residual if kronecker else None,
-        reason=""
-        if rank is not None
-        else "its parameters lower the predicted loss more than any rank of another layer would",
+        reason=reason if rank is None else "",
         spectrum=spectrum[points].tolist(),
         spectrum_index=points.tolist(),
+        **solution.soundness,
     )
 
 

@@ -27,6 +27,11 @@ class Candidate:
     def dense(self) -> int:
         return self.d_out * self.d_in
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that stores less than the dense weight, which is exact; 0 where none does."""
+        return (self.dense - 1) // (self.d_out + self.d_in)
+
     def stored(self, rank: int | None) -> int:
         """Parameters stored at `rank`, or dense when it is None."""
         return self.dense if rank is None else rank * (self.d_out + self.d_in)
@@ -91,7 +96,7 @@ class _Choices:
     """The states one layer may take, in ascending order of parameters: some ranks, then dense."""
 
     def __init__(self, layer: Candidate, multiple: int) -> None:
-        largest = (layer.dense - 1) // (layer.d_out + layer.d_in)  # above it dense is smaller and exact
+        largest = layer.largest_rank
         ranks = list(range(multiple, largest + 1, multiple)) or ([largest] if largest else [])
         self.ranks: Sequence[int | None] = [*ranks, None]
         self.stored = torch.tensor([layer.stored(rank) for rank in self.ranks], dtype=torch.float64)

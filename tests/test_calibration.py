@@ -111,6 +111,16 @@ def test_statistics_do_not_depend_on_the_split_into_batches(unit, labels):
     assert whole.num_losses == 6 * 7
 
 
+def test_clipping_is_for_the_kronecker_factors_alone():
+    ids = random_tokens(6, 8)
+    clipped, whole = (calibrate(tiny_model("llama"), _batches(ids, 3), clip=clip) for clip in (1.0, 0.0))
+    for name, stats in clipped.layers.items():
+        for shared in ("input_moment", "input_abs", "output_moment", "fisher_rows"):
+            assert torch.equal(getattr(stats, shared), getattr(whole.layers[name], shared)), shared
+        assert 0 < stats.trace < whole.layers[name].trace
+    assert clipped.settings["clip"] == 1.0
+
+
 def test_the_unit_batch_depends_on_the_split_into_batches():
     ids = random_tokens(6, 8)
     whole, split = (calibrate(tiny_model("llama"), _batches(ids, size), unit="batch") for size in (6, 2))
@@ -271,6 +281,22 @@ def test_the_unit_of_the_loss_does_not_change_the_factors(factor):
 
 
 # ------------------------------------------------------------------------------------------------------ sampled labels
+
+
+def test_a_first_batch_without_gradient_does_not_settle_their_scale():
+    ids = random_tokens(4, 6)
+
+    def weighted(model, batch):
+        return batch["weight"] * _cross_entropy(model, batch).sum(1)
+
+    batches = [
+        {"input_ids": ids[:2], "weight": torch.zeros(2)},
+        {"input_ids": ids[2:], "weight": torch.full((2,), 1e-12)},
+    ]
+    found = calibrate(tiny_model("llama"), batches, loss=weighted)
+    expected = calibrate(tiny_model("llama"), [{"input_ids": ids[2:]}])
+    for name, stats in found.layers.items():
+        torch.testing.assert_close(stats.left, expected.layers[name].left, rtol=0, atol=1e-5)
 
 
 def _sampled(logits, ids, *, seed=0, mask=None):
@@ -463,7 +489,7 @@ def test_no_scaled_gradient_outlives_its_layer(monkeypatch):
         original(self, x, g, cu_seqlens)
 
     monkeypatch.setattr(calibration.Sweep, "accumulate", accumulate)
-    calibrate(tiny_model("llama"), _batches(random_tokens(4, 5), 2))
+    calibrate(tiny_model("llama"), _batches(random_tokens(4, 5), 2), sweeps=2)
     assert len(references) == 2 * 2 * 14
     assert max(most) == 0 and not any(reference() is not None for reference in references)
 
@@ -473,6 +499,8 @@ REFUSED = {
     "labels": ({"labels": "true"}, "labels must be one of empirical, sampled, got 'true'"),
     "collect": ({"collect": ["outputs"]}, "collect must be among .* got outputs"),
     "sweeps": ({"sweeps": 0}, "sweeps must be at least 1, got 0"),
+    "clip": ({"clip": -1.0}, "clip must be a number of medians, or 0 for no limit, got -1.0"),
+    "clip without end": ({"clip": float("inf")}, "clip must be a number of medians"),
     "labels of a loss": ({"labels": "sampled", "loss": _cross_entropy}, "sample inside"),
     "exclude": ({"exclude": ["."]}, "no linear layer"),
     "constant loss": ({"loss": lambda model, batch: _cross_entropy(model, batch).detach()}, "depends on the linear"),
