@@ -317,8 +317,9 @@ class _Collector:
         stats = self.statistics.layers[name]
         x, offsets = self._rows(name, x)
         g, _ = self._rows(name, g)
-        stats.gradient_scale = stats.gradient_scale or power_of_two_scale(g)
-        g = g * stats.gradient_scale
+        if not stats.gradient_scale and g.any():  # zeros say nothing of the scale of what may follow
+            stats.gradient_scale = power_of_two_scale(g)
+        g = g * (stats.gradient_scale or 1.0)
         if self.first_pass:
             self._add_input(name, x)
             if GRADIENTS in self.collected:

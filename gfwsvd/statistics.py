@@ -61,9 +61,9 @@ class LayerStatistics:
 
 
 def power_of_two_scale(g: Tensor) -> float:
-    """The power of two that brings the root mean square of `g` near one; 0 when `g` is zero."""
+    """The power of two that brings the root mean square of `g` near one; 1 when `g` is zero."""
     mean_square = g.double().square().mean().item()
-    return 2.0 ** -round(math.log2(mean_square) / 2) if mean_square else 0.0
+    return 2.0 ** -round(math.log2(mean_square) / 2) if mean_square else 1.0
 
 
 def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Tensor:
