@@ -252,7 +252,7 @@ def _solve(name: str, module: nn.Module, statistics: Statistics, row: Method, da
 def _low_rank(module: nn.Module, solution: _Solution, rank: int) -> LowRankLinear:
     up, down = solution.up[:, :rank].clone(), solution.down[:rank].clone()
     layer = LowRankLinear.from_factors(up, down, cast(Tensor | None, module.bias))
-    return layer.train(module.training)
+    return layer.train(module.training).requires_grad_(cast(Tensor, module.weight).requires_grad)
 
 
 def _layer_report(

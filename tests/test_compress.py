@@ -187,6 +187,37 @@ def test_new_layers_have_the_dtype_mode_and_bias_of_the_old(dtype):
     assert torch.isfinite(_logits(model)).all()
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_new_layers_are_trained_where_the_old_were(trainable, statistics):
+    model = tiny_model("llama").requires_grad_(trainable)
+    compress(model, keep=0.6, statistics=statistics)
+    assert {parameter.requires_grad for parameter in model.parameters()} == {trainable}
+
+
+def test_ranks_reach_up_to_where_dense_is_smaller(statistics):
+    model = tiny_model("llama")
+    report = compress(model, keep=0.999, ranks="uniform", rank_multiple=1, statistics=statistics)
+    for layer in report.layers:
+        assert model.get_submodule(layer.name).rank == layer.rank
+        assert layer.stored < layer.dense <= layer.stored + layer.d_in + layer.d_out
+
+
+def test_a_loss_in_another_unit_gives_the_same_float16_model():
+    """The scale of the metrics cancels in the product of the factors: it must not push one of them out of range."""
+    plain, small = (tiny_model("llama").half() for _ in range(2))
+    for model, factor in ((plain, 1.0), (small, 1e-7)):
+
+        def loss(model, batch, factor=factor):
+            logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
+            return factor * nn.functional.cross_entropy(logits.mT, batch["input_ids"][:, 1:], reduction="none")
+
+        reference = tiny_model("llama")
+        statistics = calibrate(reference, BATCHES, loss=loss)
+        statistics.model_sha256 = fingerprint(find_linears(model))
+        compress(model, keep=0.6, rank_multiple=2, statistics=statistics)
+    torch.testing.assert_close(_logits(small), _logits(plain), rtol=0, atol=0.05)
+
+
 def test_excluded_and_unreached_layers_stay(statistics):
     model = tiny_model("llama")
     report = compress(model, BATCHES, keep=0.6, exclude=["down_proj"])
