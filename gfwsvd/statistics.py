@@ -153,7 +153,13 @@ class Sweep:
         if stats.right is not None:
             cosine = inner(self.right, stats.right)
         stats.convergence.append(max(0.0, 1.0 - cosine**2) ** 0.5)
-        stats.scale = math.prod(s / n / w for s, n, w in zip(sizes, start_norms, scales, strict=True)) ** 0.5
+        grown = math.prod(s / n / w for s, n, w in zip(sizes, start_norms, scales, strict=True))
+        if (
+            stats.right is None and stats.trace
+        ):  # the trace is the identity's own fit: exact where the block is Kronecker
+            stats.scale = grown * (stats.d_in * stats.d_out) ** 0.5 / stats.trace
+        else:
+            stats.scale = grown**0.5
         stats.left, stats.right = self.left, self.right
         return self.sketch
 
