@@ -100,7 +100,11 @@ def calibrate(
             user's loss together with sampled labels.
     """
     collect = frozenset(collect)
-    _check_settings(collect, unit, labels, sweeps, clip, loss)
+    check_settings(unit, labels, sweeps, clip)
+    if not collect <= {INPUTS, GRADIENTS, KRONECKER}:
+        raise GfwsvdError(f"collect must be among inputs, gradients, kronecker, got {', '.join(sorted(collect))}")
+    if labels == "sampled" and loss is not None:
+        raise GfwsvdError("labels 'sampled' belong to the next-token loss; with a loss of your own, sample inside it")
     if not collect:
         linears = find_linears(model, exclude=exclude)
         layers = {name: LayerStatistics(*_sizes(module)) for name, module in linears.items()}
@@ -143,11 +147,8 @@ def data_sha256(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _check_settings(
-    collect: frozenset[str], unit: str, labels: str, sweeps: int, clip: float, loss: Loss | None
-) -> None:
-    if not collect <= {INPUTS, GRADIENTS, KRONECKER}:
-        raise GfwsvdError(f"collect must be among inputs, gradients, kronecker, got {', '.join(sorted(collect))}")
+def check_settings(unit: str, labels: str, sweeps: int, clip: float) -> None:
+    """Raises GfwsvdError unless these are settings that `calibrate` takes."""
     if unit not in UNITS:
         raise GfwsvdError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if labels not in LABELS:
@@ -156,8 +157,6 @@ def _check_settings(
         raise GfwsvdError(f"sweeps must be at least 1, got {sweeps}")
     if not 0 <= clip < float("inf"):
         raise GfwsvdError(f"clip must be a number of medians, or 0 for no limit, got {clip}")
-    if labels == "sampled" and loss is not None:
-        raise GfwsvdError("labels 'sampled' belong to the next-token loss; with a loss of your own, sample inside it")
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

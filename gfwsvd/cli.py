@@ -1,11 +1,10 @@
 """The command `gfwsvd`: calibrate, compress, eval, inspect."""
 
-import enum
 import functools
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, sources
-from .calibration import CLIP, calibrate
+from .calibration import CLIP, calibrate, check_settings
 from .checkpoint import inspect as inspect_checkpoint
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
@@ -23,7 +22,7 @@ from .evaluate import evaluate
 from .folders import check_output_folder
 from .methods import METHODS, method_named
 from .progress import bar
-from .ranks import RANKS, check_keep
+from .ranks import RANKS, check_keep, check_ranks
 from .statistics import LABELS, UNITS
 from .store import JSON_NAME, load_statistics, save_statistics
 
@@ -35,12 +34,12 @@ app = typer.Typer(
     help="Compress language models by generalized Fisher-weighted SVD: low-rank layers that cost the loss least.",
     epilog="A first try: gfwsvd compress MODEL --text TEXT --keep 0.8 --out DIR; then: gfwsvd eval DIR --text OTHER",
 )
+DTYPES = ("float32", "bfloat16", "float16")
 
-MethodName = enum.StrEnum("MethodName", {name: name for name in METHODS})
-Ranks = enum.StrEnum("Ranks", {name: name for name in RANKS})
-Unit = enum.StrEnum("Unit", {name: name for name in UNITS})
-Labels = enum.StrEnum("Labels", {name: name for name in LABELS})
-Dtype = enum.StrEnum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")})
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"<{'|'.join(names)}>"
+
 
 _TEXT_HELP = (
     "a .txt, .raw, .jsonl or .parquet file (FILE:FIELD names the field), a dataset on the hub as "
@@ -51,9 +50,10 @@ Text = Annotated[str, typer.Option("--text", metavar="TEXT", help=_TEXT_HELP)]
 Sequences = Annotated[int, typer.Option("--sequences", min=1, help="calibration sequences")]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a calibration sequence")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="sequences in a batch: memory against speed")]
-UnitOption = Annotated[Unit, typer.Option("--unit", help="what one gradient sample of the Fisher is")]
-LabelsOption = Annotated[
-    Labels, typer.Option("--labels", help="the text's own next tokens, or tokens drawn from the model")
+Unit = Annotated[str, typer.Option("--unit", metavar=_one_of(UNITS), help="what one gradient sample of the Fisher is")]
+Labels = Annotated[
+    str,
+    typer.Option("--labels", metavar=_one_of(LABELS), help="the text's own next tokens, or drawn from the model"),
 ]
 Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the text that refine the Kronecker factors")]
 Clip = Annotated[
@@ -63,7 +63,10 @@ Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sam
 Exclude = Annotated[
     list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="of the weights; default: the model's own")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar=_one_of(DTYPES), help="of the weights; default: the model's own"),
+]
 Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
@@ -95,18 +98,20 @@ def calibrate_command(
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
-    unit: UnitOption = Unit["token"],
-    labels: LabelsOption = Labels["empirical"],
+    unit: Unit = "token",
+    labels: Labels = "empirical",
     sweeps: Sweeps = 1,
     clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
     """Collect the statistics of a model's layers once, for all methods and ratios."""
+    check_settings(unit, labels, sweeps, clip)
+    _check_dtype(dtype)
     check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
     batches = sources.token_batches(
@@ -133,13 +138,16 @@ def calibrate_command(
 def compress_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the compressed model")],
-    method: Annotated[MethodName, typer.Option("--method", help="how errors are weighed")] = MethodName["gfwsvd"],
+    method: Annotated[
+        str, typer.Option("--method", metavar=_one_of(METHODS), help="how errors are weighed")
+    ] = "gfwsvd",
     keep: Annotated[
         float, typer.Option("--keep", help="stored over dense parameters of the linear layers, (0, 1]")
     ] = 0.8,
     ranks: Annotated[
-        Ranks, typer.Option("--ranks", help="one share for every layer, or by predicted loss under one budget")
-    ] = Ranks["global"],
+        str,
+        typer.Option("--ranks", metavar=_one_of(RANKS), help="one share for every layer, or by predicted loss"),
+    ] = "global",
     rank_multiple: Annotated[
         int, typer.Option("--rank-multiple", min=1, help="ranks are multiples of it")
     ] = RANK_MULTIPLE,
@@ -153,13 +161,13 @@ def compress_command(
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
-    unit: UnitOption = Unit["token"],
-    labels: LabelsOption = Labels["empirical"],
+    unit: Unit = "token",
+    labels: Labels = "empirical",
     sweeps: Sweeps = 1,
     clip: Clip = CLIP,
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
     device: Device = "cpu",
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="also write an HTML report with plots")
@@ -171,8 +179,12 @@ def compress_command(
 
     The options from --sequences to --exclude belong to a calibration on --text; statistics bring their own.
     """
+    needs = method_named(method).needs
     check_keep(keep)
-    if (stats is None) == (text is None) and method_named(method).needs:
+    check_ranks(ranks, rank_multiple)
+    check_settings(unit, labels, sweeps, clip)
+    _check_dtype(dtype)
+    if (stats is None) == (text is None) and needs:
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
     check_output_folder(out, overwrite=overwrite, marker="config.json")
     statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
@@ -221,11 +233,12 @@ def eval_command(
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="the dense model, for KL and top-1 agreement")
     ] = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure perplexity on a text, and how far a model is from a reference."""
+    _check_dtype(dtype)
     loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
     tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
     dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
@@ -256,6 +269,11 @@ def inspect_command(
         )
     Console().print(table)
     _print({key: value for key, value in found.items() if key != "layers"}, json_output)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise GfwsvdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def _provenance(model: str, text: str, sequences: int, seq_len: int) -> dict[str, Any]:

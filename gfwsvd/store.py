@@ -105,8 +105,8 @@ def load_statistics(directory: str | os.PathLike[str]) -> tuple[Statistics, dict
         shared: dict[str, Tensor] = {}
         layers = {
             name: LayerStatistics(
-                **{number: entry[number] for number in _NUMBERS},
-                **{field: _restore(key, field, entry, tensors, shared) for field, key in entry["tensors"].items()},
+                **{number: entry[number] for number in _NUMBERS}
+                | {field: _restore(key, field, entry, tensors, shared) for field, key in entry["tensors"].items()}
             )
             for name, entry in described["layers"].items()
         }

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any import of triton, whose decorators read it: kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; set before triton is imported, which reads it then
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))  # the tests' matrices are small: more threads only wait
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)

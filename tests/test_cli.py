@@ -115,11 +115,12 @@ def test_a_bad_request_is_one_line_and_writes_nothing(workspace, tmp_path, case)
 
 
 @pytest.mark.parametrize(
-    "options", [("--method", "magic"), ("--ranks", "some"), ("--unit", "word"), ("--labels", "none"), ("--sweeps", "0")]
+    "options",
+    [("--method", "magic"), ("--ranks", "some"), ("--unit", "word"), ("--labels", "none"), ("--dtype", "int8")],
 )
 def test_an_unknown_choice_is_refused_with_the_choices(workspace, tmp_path, options):
-    result = run("compress", workspace / "model", "--out", tmp_path / "out", *options, status=2)
-    assert options[0] in result.stderr
+    result = run("compress", "no-such-model", "--stats", "none", "--out", tmp_path / "out", *options, status=1)
+    assert f"{options[0][2:]} must be one of" in result.stderr and repr(options[1]) in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
