@@ -12,7 +12,7 @@ from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
 from .factorize import decompose
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
-from .methods import Method, method_named
+from .methods import KRONECKER, Method, method_named
 from .ranks import Candidate, allocate, check_keep, check_ranks
 from .statistics import LayerStatistics
 from .whiten import check_damping
@@ -194,6 +194,7 @@ def compress(
             "num_losses": statistics.num_losses,
             "num_sequences": statistics.num_sequences,
             "data_sha256": statistics.data_sha256,
+            "model_sha256": statistics.model_sha256,
             "calibration_seconds": list(statistics.seconds),
             "unreached": list(statistics.unreached),
         },
@@ -260,7 +261,7 @@ def _layer_report(
 ) -> LayerReport:
     candidate, spectrum = solution.candidate, solution.candidate.spectrum
     points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
-    kronecker = row.name == "gfwsvd"
+    kronecker = KRONECKER in row.needs
     reason = "keep is 1" if keep == 1 else "its parameters are worth more than the same number in other layers"
     return LayerReport(
         name=name,
