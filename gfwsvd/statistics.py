@@ -77,15 +77,17 @@ def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Ten
     """
     if not clip:
         return g
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
-        g, dim=1, dtype=torch.float32
-    )
+    norms = _row_norms(x) * _row_norms(g)
     scales = torch.ones_like(norms)
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         sizes = norms[start:stop]
         if (positive := sizes[sizes > 0]).numel():  # the last token predicts nothing and has no gradient
             scales[start:stop] = (clip * positive.median() / sizes).clamp_(max=1)
     return g * scales[:, None].to(g.dtype)
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
 
 def accumulate_inputs(stats: LayerStatistics, x: Tensor) -> None:
@@ -140,26 +142,19 @@ class Sweep:
         if self.left is None or self.right is None:
             return None
         scales = self.scales or (1.0, 1.0)
-        if stats.right is None:  # the identity, not normalised, was the start
-            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item() / scales[0]
-            start_norms = stats.d_in**0.5, stats.d_out**0.5
-        else:
-            start_norms = 1.0, 1.0
         sizes = norm(self.left), norm(self.right)
         if min(sizes) > 0:
             self.left /= sizes[0]
             self.right /= sizes[1]
-        cosine = self.right.diagonal().double().sum().item() / stats.d_in**0.5
-        if stats.right is not None:
-            cosine = inner(self.right, stats.right)
-        stats.convergence.append(max(0.0, 1.0 - cosine**2) ** 0.5)
-        grown = math.prod(s / n / w for s, n, w in zip(sizes, start_norms, scales, strict=True))
-        if (
-            stats.right is None and stats.trace
-        ):  # the trace is the identity's own fit: exact where the block is Kronecker
-            stats.scale = grown * (stats.d_in * stats.d_out) ** 0.5 / stats.trace
+        grown = sizes[0] / scales[0], sizes[1] / scales[1]
+        if stats.right is None:  # the start was the identity, whose own fit is the trace
+            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item() * grown[0]
+            stats.scale = grown[0] * grown[1] / stats.trace if stats.trace else 0.0
+            cosine = self.right.diagonal().sum(dtype=torch.float64).item() / stats.d_in**0.5
         else:
-            stats.scale = grown**0.5
+            stats.scale = math.sqrt(grown[0] * grown[1])
+            cosine = inner(self.right, stats.right)
+        stats.convergence.append(math.sqrt(max(0.0, 1.0 - cosine**2)))
         stats.left, stats.right = self.left, self.right
         return self.sketch
 
