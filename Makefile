@@ -9,12 +9,13 @@ INSTALL := install --quiet --quiet --disable-pip-version-check --constraint requ
 PIP := $(RUN) -m pip $(INSTALL)
 MARK := $(VENV)/.complete
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test gpu lint clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
 	@echo "make demo      compress a real language model and compare the methods"
 	@echo "make test      run the test suite"
+	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make clean     remove $(VENV), caches and build products"
 
@@ -53,6 +54,9 @@ demo: $(MARK)
 
 test: $(MARK)
 	@$(RUN) -m pytest
+
+gpu:
+	@PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
 lint: $(MARK)
 	@$(RUN) -m ruff check .

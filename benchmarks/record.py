@@ -6,23 +6,30 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 
 def provenance() -> dict[str, Any]:
-    """The command, machine, versions, commit and date of this run."""
+    """The command, machine, versions, commit and date of this run; None for what is not there.
+
+    The environment variable GFWSVD_COMMIT names the commit where the sources are no git checkout.
+    """
+    on_gpu = torch.cuda.is_available()
     return {
         "command": " ".join(["python -m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": _commit(),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=10")
+        or os.environ.get("GFWSVD_COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -47,12 +54,17 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints, run beside the sources; None where it fails or is not there."""
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.partition("\n")[0].strip() or None

@@ -1,0 +1,116 @@
+"""What was measured, as a Markdown table and a roofline picture.
+
+    python -m benchmarks.tables FILE --markdown kernels.md --roofline roofline.png
+
+Of several rows on the same problem the last one counts. The picture has each operator's TFLOP/s over its operations
+per byte, under the copy bandwidth and the matrix products that the same run measured; it shows the last run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.run import HEADINGS, OK, cells, digits
+
+KEY = ("gpu", "machine", "op", "shape", "dtype", "provider")  # of a problem and who solved it where
+COLUMNS = HEADINGS[1:]  # the operator is the title of its table
+
+
+def latest(path: Path) -> list[dict[str, Any]]:
+    """The last row of every provider on every problem, in the order in which they came first."""
+    rows = [row for row in record.read(path) if row["benchmark"] == "kernels"]
+    return list({tuple(row[key] for key in KEY): row for row in rows}.values())
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """One table for each operator, under a line of what measured it; what has no times is named below its table."""
+    lines = []
+    for run in dict.fromkeys(_run(row) for row in rows):
+        lines += [run, ""]
+        of_run = [row for row in rows if _run(row) == run]
+        for op in dict.fromkeys(row["op"] for row in of_run):
+            timed = [row for row in of_run if row["op"] == op and row["status"] == OK]
+            rest = [row for row in of_run if row["op"] == op and row["status"] != OK]
+            if timed:
+                base = timed[0]["base"]
+                lines += [f"### {op} (base: {base})", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+                lines += [_line(cells(row)[1:]) for row in timed] + [""]
+            notes = dict.fromkeys(f"{row['provider']}: {row['note'] or row['status']}" for row in rest)
+            lines += [f"{op}, not timed: " + "; ".join(notes) + ".", ""] if notes else []
+    return "\n".join(lines)
+
+
+def _run(row: dict[str, Any]) -> str:
+    where = row["gpu"] or row["machine"]
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    versions = f"torch {row['torch']}, Triton {row['triton']}"
+    return f"{where}{driver}, {versions}, commit {row['commit']}, {row['date']}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def roofline(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what the last run timed: ours, one colour an operator, and hollow the rows of its base."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row["status"] == OK and row["provider"] in ("ours", row["base"])]
+    if not timed:
+        raise SystemExit("no provider was timed in these results: nothing to draw")
+    timed = [row for row in timed if _run(row) == _run(timed[-1])]
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    intensities = [row["flops"] / row["bytes"] for row in timed]
+    span = [min(intensities) / 2, max(intensities) * 2]
+    for dtype in dict.fromkeys(row["dtype"] for row in timed):
+        ceilings = next(row["ceilings"] for row in timed if row["dtype"] == dtype)
+        top, copy = ceilings[f"{dtype}_tflops"], ceilings["copy_gbs"] / 1e3
+        ridge = top / copy
+        xs = sorted({span[0], min(max(ridge, span[0]), span[1]), span[1]})
+        axes.plot(xs, [min(top, copy * x) for x in xs], color="gray", linewidth=1)
+        axes.annotate(f"{dtype} {digits(top)} TFLOP/s", (span[1], min(top, copy * span[1])), ha="right", va="bottom")
+    for number, op in enumerate(dict.fromkeys(row["op"] for row in timed)):
+        for ours in (True, False):
+            points = [row for row in timed if row["op"] == op and (row["provider"] == "ours") == ours]
+            axes.plot(
+                [row["flops"] / row["bytes"] for row in points],
+                [row["tflops"] for row in points],
+                "o",
+                color=f"C{number}",
+                fillstyle="full" if ours else "none",
+                label=op if ours else None,
+            )
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s (hollow: base)")
+    axes.set_title(_run(timed[-1]), fontsize="small")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON lines of benchmarks.run")
+    parser.add_argument("--markdown", type=Path, help="file to write; default: standard output")
+    parser.add_argument("--roofline", type=Path, help="picture to draw (needs matplotlib)")
+    arguments = parser.parse_args(argv)
+    rows = latest(arguments.results)
+    if not rows:
+        parser.error(f"{arguments.results} has no rows of benchmarks.run")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows) + "\n", encoding="utf-8")
+    else:
+        print(markdown(rows))
+    if arguments.roofline:
+        roofline(rows, arguments.roofline)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What one launch of each kernel does, counted from its arguments and its grid: for the predictions of `model`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import Case
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does. Tiles count whole, and each of the products that make up one more precise product.
+
+    `blocks` are those that do not return at once, `step_bytes` what a block loads in one step of its pipeline.
+    """
+
+    blocks: int
+    flops: int
+    half: bool
+    dram_bytes: int
+    l2_bytes: int
+    step_bytes: int
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _products(a: dict[str, Any], x: torch.Tensor) -> int:
+    """Products of the tensor cores for one product: TF32 needs three to be as good as float32."""
+    return 3 if x.dtype == torch.float32 or a.get("UPCAST") else 1
+
+
+def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    x, y, block, tokens, width = a["x_ptr"], a["y_ptr"], a["BLOCK_D"], a["num_tokens"], a["width"]
+    num_tiles, splits = grid
+    pair = x.element_size() + y.element_size()
+    count = _products(a, x)
+    operands = width * (pair if y is not x else x.element_size())
+    return Work(
+        blocks=num_tiles * splits,
+        flops=2 * num_tiles * block**2 * tokens * count,
+        half=count == 1,
+        dram_bytes=tokens * operands + 8 * width * (width + 1) // 2,
+        l2_bytes=num_tiles * block * (tokens * pair + 8 * block * splits),
+        step_bytes=a["BLOCK_T"] * block * pair,
+    )
+
+
+def _quadratic_form(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    x, rows, cols, tokens, width = a["x_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
+    row_blocks, col_blocks = grid
+    size = x.element_size()
+    walked = cols * col_blocks * (col_blocks + 1) // 2  # columns of A under the diagonal, by all blocks of rows of A
+    return Work(
+        blocks=row_blocks * col_blocks,
+        flops=2 * row_blocks * rows * cols * walked * (2 if a["SPLIT_BF16"] else 3),
+        half=a["SPLIT_BF16"],
+        dram_bytes=tokens * (width * size + 4 * col_blocks) + 4 * width * (width + 1) // 2,
+        l2_bytes=row_blocks * walked * (rows * size + cols * 4),
+        step_bytes=a["BLOCK_J"] * (rows * size + cols * 4),
+    )
+
+
+def _scores(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    y, x, rows, cols, width = a["y_ptr"], a["x_ptr"], a["BLOCK_M"], a["BLOCK_N"], a["width"]
+    tokens = a["panel_stop"] - a["panel_start"]
+    blocks = cdiv(tokens, rows) * cdiv(case.seq_len, cols)
+    both = rows * y.element_size() + cols * x.element_size()
+    count = _products(a, x)
+    return Work(
+        blocks=blocks,
+        flops=2 * blocks * rows * cols * width * count,
+        half=count == 1,
+        dram_bytes=tokens * (width * (y.element_size() + x.element_size()) + 4 * case.seq_len),
+        l2_bytes=blocks * (width * both + 4 * rows * cols),
+        step_bytes=a["BLOCK_D"] * both,
+    )
+
+
+def _apply(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    g, rows, cols, width = a["g_ptr"], a["BLOCK_M"], a["BLOCK_O"], a["width"]
+    tokens = a["panel_stop"] - a["panel_start"]
+    blocks = cdiv(tokens, rows) * cdiv(width, cols)
+    both = rows * 4 + cols * g.element_size()
+    return Work(
+        blocks=blocks,
+        flops=2 * blocks * rows * cols * case.seq_len * 3,
+        half=False,
+        dram_bytes=tokens * (width * (g.element_size() + 4) + 4 * case.seq_len),
+        l2_bytes=blocks * (case.seq_len * both + 4 * rows * cols),
+        step_bytes=a["BLOCK_N"] * both,
+    )
+
+
+def _linear(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    x, weight, y, rows, cols = a["x_ptr"], a["weight_ptr"], a["y_ptr"], a["BLOCK_T"], a["BLOCK_O"]
+    tokens, d_out, d_in = a["num_tokens"], a["d_out"], a["d_in"]
+    blocks = cdiv(tokens, rows) * cdiv(d_out, cols)
+    both = rows * x.element_size() + cols * weight.element_size()
+    count = _products(a, x)
+    results = y.element_size() * tokens * d_out
+    return Work(
+        blocks=blocks,
+        flops=2 * blocks * rows * cols * d_in * count,
+        half=count == 1,
+        dram_bytes=d_in * (d_out * weight.element_size() + tokens * x.element_size()) + results,
+        l2_bytes=blocks * d_in * both + results,
+        step_bytes=a["BLOCK_I"] * both,
+    )
+
+
+WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...], Case], Work]] = {
+    "gram_kernel": _gram,
+    "quadratic_form_kernel": _quadratic_form,
+    "scores_kernel": _scores,
+    "apply_kernel": _apply,
+    "linear_kernel": _linear,
+}

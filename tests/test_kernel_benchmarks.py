@@ -1,0 +1,377 @@
+"""The benchmarks of the kernels: honest counts, a gate that stops wrong results, and every provider run on a CPU."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
+
+from benchmarks import measure, record, run, tables
+from benchmarks.gate import Gate
+from benchmarks.measure import ceilings as measured_ceilings
+from benchmarks.model import Card, blocks_per_sm, predicted
+from benchmarks.providers import Provider, plain
+from benchmarks.registry import OPS
+from benchmarks.shapes import MODELS, Case, Grid, rank
+from benchmarks.work import Work
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS_ON_GPUS = {"quack", "flash_muon"}
+CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
+QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Compiled providers are traced but not translated to C++, and the ceilings are not worth their time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        patch.setattr(measure, "ceilings", lambda device, seconds: dict.fromkeys(CEILINGS, 1e3))
+        patch.setitem(MODELS, "tiny", MODELS["tiny"][-1:])  # (48, 80), which makes two widths
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for matrices this small, more only wait for each other
+        yield
+        torch.set_num_threads(threads)
+
+
+def benchmark(results, *arguments):
+    """The exit status of a run and its rows."""
+    status = run.main([*QUICK, *map(str, arguments), "--results", str(results)])
+    return status, record.read(results)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A results file with every operator and provider in two dtypes."""
+    results = tmp_path_factory.mktemp("kernels") / "results.jsonl"
+    status, rows = benchmark(results, "--tokens", 20, "--dtype", "bf16", "fp32")
+    assert status == 0
+    return results, rows
+
+
+def test_every_provider_of_every_operator_is_right_and_timed(everything):
+    _, rows = everything
+    found = {(row["op"], row["provider"], row["dtype"]): row for row in rows}
+    for op, spec in OPS.items():
+        for name in spec.providers:
+            for dtype in ("bf16", "fp32"):
+                row = found[op, name, dtype]
+                if name in PEERS_ON_GPUS:
+                    assert row["status"] == "missing" and ("not installed" in row["note"] or "GPU" in row["note"])
+                else:
+                    assert row["status"] == "ok" and row["error"] < (1e-2 if dtype == "bf16" else 1e-5), row
+
+
+def test_rates_and_ratios_follow_from_the_times(everything):
+    _, rows = everything
+    timed = [row for row in rows if row["status"] == "ok"]
+    base = {(r["op"], r["shape"], r["dtype"]): r["us_p50"] for r in timed if r["provider"] == r["base"]}
+    for row in timed:
+        assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"] and row["samples"] >= 5
+        assert row["tflops"] == pytest.approx(row["flops"] / row["us_p50"] * 1e-6)
+        assert row["gbs"] == pytest.approx(row["bytes"] / row["us_p50"] * 1e-3)
+        assert row["over_base"] == pytest.approx(base[row["op"], row["shape"], row["dtype"]] / row["us_p50"])
+        peak, copy = row["ceilings"][row["dtype"] + "_tflops"], row["ceilings"]["copy_gbs"]
+        assert row["of_ceiling"] == pytest.approx(max(row["tflops"] / peak, row["gbs"] / copy))
+        assert row["torch"] == torch.__version__ and row["commit"] and row["date"] and "driver" in row
+
+
+def test_the_ceilings_are_measured_rates():
+    found = measured_ceilings(torch.device("cpu"), seconds=0)
+    assert found.keys() == set(CEILINGS) and all(0 < value < 1e5 for value in found.values())
+
+
+class FakeGpu:
+    """A clock instead of a GPU: a call takes 5 µs once launched, and 50 µs to launch outside of a graph."""
+
+    def __init__(self, patch, capture_fails):
+        self.now, self.capturing, self.seen, self.capture_fails = 0.0, False, [], capture_fails
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def synchronize(self):
+                assert self.at <= gpu.now
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                gpu.now += 5e-6 * self.calls
+
+        @contextmanager
+        def graph(captured):
+            self.capturing, before = True, len(self.seen)
+            try:
+                yield
+            finally:
+                self.capturing, captured.calls = False, len(self.seen) - before
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", graph)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        patch.setattr(torch.cuda, "stream", nullcontext)
+
+    def call(self, inputs):
+        self.seen.append(inputs)
+        if self.capturing and self.capture_fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.now += 0 if self.capturing else 50e-6
+
+
+@pytest.mark.parametrize(("capture_fails", "timer", "us"), [(False, "graph", 5.0), (True, "events", 50.0)])
+def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, timer, us):
+    gpu = FakeGpu(monkeypatch, capture_fails)
+    timers = {"ours": measure.timer(gpu.call, "abcdefgh", torch.device("cuda"))}
+    found = measure.time_in_turn(timers, seconds=0)["ours"]
+    assert found.timer == timer and found.us == pytest.approx((us, us, us))
+    # ten milliseconds of calls as they are launched, in whole rotations of the eight sets
+    assert found.samples == measure.LEAST_SAMPLES and found.calls in (200, 208)
+    assert capture_fails or "".join(gpu.seen) == "abcdefgh" * (len(gpu.seen) // 8)
+
+
+# Counted by hand. The lower triangle of width 3 has 6 entries, of width 4 it has 10.
+@pytest.mark.parametrize(
+    ("op", "case", "flops", "num_bytes"),
+    [
+        ("gram_accumulate", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
+        ("gram_accumulate_weighted", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 2 * 4 * 6),
+        ("gram_accumulate_two", Case(2, 3, 3), 2 * 2 * 6, 2 * (2 * 3 * 2) + 2 * 4 * 6),
+        ("quadratic_form", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6),
+        # xA, (xA) xᵀ, K g, tril(gᵀ e) for two sequences of two tokens
+        (
+            "sequence_unit_step",
+            Case(4, 4, 3, seq_len=2),
+            2 * 2 * (2 * 3 * 3 + 2 * 2 * 3 + 2 * 2 * 4 + 2 * 10),
+            4 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
+        ),
+        # eight tokens at once: G = gᵀ x, G A, tril((G A) Gᵀ) is less work
+        (
+            "sequence_unit_step",
+            Case(8, 4, 3, seq_len=8),
+            2 * (4 * 3 * 8 + 4 * 3 * 3 + 3 * 10),
+            8 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
+        ),
+        ("lowrank_linear", Case(1, 5, 3, rank=2), 2 * (2 * 3 + 5 * 2), 2 * (2 * 3 + 5 * 2 + 3 + 5)),
+    ],
+)
+def test_work_is_what_a_hand_counts(op, case, flops, num_bytes):
+    assert (OPS[op].flops(case), OPS[op].bytes(case, 2)) == (flops, num_bytes)
+
+
+def test_the_last_sequence_may_be_shorter():
+    flops = OPS["sequence_unit_step"].flops
+    assert flops(Case(5, 4, 3, seq_len=2)) == 2 * flops(Case(2, 4, 3, seq_len=2)) + flops(Case(1, 4, 3, seq_len=1))
+
+
+def test_ranks_follow_the_uniform_rule_in_multiples_of_sixteen():
+    assert rank(4096, 4096, 0.8) == 1632 and rank(14336, 4096, 0.5) == 1584
+    for d_out, d_in in Grid(MODELS["qwen3-8b"], [1]).shapes():
+        for keep in (0.8, 0.7, 0.5):
+            found = rank(d_out, d_in, keep)
+            assert found % 16 == 0 and 0 <= keep - found * (d_out + d_in) / (d_out * d_in) < 0.03
+
+
+def forgets_out(i):
+    return (i["x"].mT * i.get("weight", i["x"].new_ones(1)).to(i["x"].dtype)) @ i["x"]
+
+
+def forgets_weights(i):
+    return i["out"].addmm_(i["x"].mT.float(), i["x"].float())
+
+
+def rounds_to_half(i):
+    x = i["x"].half().float()
+    return i["out"].addmm_(x.mT, x)
+
+
+def leaves_a_nan(i):
+    result = OPS["quadratic_form"].providers["naive"].load(torch.device("cpu"))(i)
+    result[-1] = float("nan")
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "wrong"),
+    [
+        ("gram_accumulate", "bf16", forgets_out),
+        ("gram_accumulate_weighted", "bf16", forgets_weights),
+        ("gram_accumulate", "fp32", rounds_to_half),
+        ("quadratic_form", "bf16", leaves_a_nan),
+    ],
+)
+def test_the_gate_stops_a_wrong_result(monkeypatch, tmp_path, capsys, op, dtype, wrong):
+    monkeypatch.setitem(OPS[op].providers, "ours", plain(wrong))
+    status, rows = benchmark(tmp_path / "r.jsonl", "--op", op, "--dtype", dtype, "--tokens", 64)
+    ours = [row for row in rows if row["provider"] == "ours"]
+    assert status == 1 and ours and all(row["status"] == "wrong" and "us_p50" not in row for row in ours)
+    assert all(row["status"] in ("ok", "missing") for row in rows if row["provider"] != "ours")
+    assert "relative error" in capsys.readouterr().out
+
+
+def test_one_wrong_entry_of_a_large_matrix_does_not_hide():
+    op, cpu = OPS["gram_accumulate"], torch.device("cpu")
+    gate = Gate(op, Case(128, 1024, 1024), torch.bfloat16, cpu)
+    right = op.providers["mm_add"].load(cpu)
+
+    def misses_an_entry(i):
+        before = i["out"].clone()
+        out = right(i)
+        row, col = divmod(int((out - before).tril(-1).abs().argmax()), 1024)
+        out[row, col] = before[row, col]
+        return out
+
+    assert gate.error(op.providers["mm_add"], right) < 1e-5
+    assert gate.error(plain(misses_an_entry), misses_an_entry) > gate.limit
+
+
+def test_results_that_are_never_written_do_not_pass(monkeypatch, tmp_path):
+    """The memory of a first result comes back with NaN in it, not with the answer."""
+    store = torch.empty(64)
+
+    def writes_once(i):
+        if not store.isnan().any():
+            store.copy_(OPS["quadratic_form"].providers["naive"].load(torch.device("cpu"))(i))
+        return store
+
+    monkeypatch.setitem(OPS["quadratic_form"].providers, "ours", plain(writes_once))
+    status, rows = benchmark(tmp_path / "r.jsonl", "--op", "quadratic_form", "--tokens", 64, "--gate-only")
+    assert status == 1 and rows[0]["status"] == "wrong"
+
+
+def test_a_peer_that_fails_is_a_row_and_ours_an_error(monkeypatch, tmp_path):
+    def broken(device):
+        raise RuntimeError("out of memory\nand more")
+
+    for name, expected in (("two_matmuls", 0), ("ours", 1)):
+        with monkeypatch.context() as patch:
+            patch.setitem(OPS["lowrank_linear"].providers, name, Provider(broken))
+            options = ("--op", "lowrank_linear", "--tokens", 2, "--gate-only")
+            status, rows = benchmark(tmp_path / f"{name}.jsonl", *options)
+        assert status == expected
+        failed = [row for row in rows if row["provider"] == name]
+        assert all((r["status"], r["note"]) == ("failed", "RuntimeError: out of memory") for r in failed)
+        assert all(row["status"] == "correct" for row in rows if row["provider"] != name)
+
+
+def test_another_base_is_compared_with(tmp_path):
+    options = ("--op", "lowrank_linear", "--tokens", 2, "--base", "two_matmuls", "--providers", "ours", "two_matmuls")
+    _, rows = benchmark(tmp_path / "r.jsonl", *options)
+    assert [row["over_base"] for row in rows if row["provider"] == "two_matmuls"] == [1.0] * (len(rows) // 2)
+    assert {row["base"] for row in rows} == {"two_matmuls"}
+
+
+def test_cases_beyond_the_limit_are_counted_not_dropped(tmp_path, capsys):
+    options = ("--op", "gram_accumulate", "--tokens", 4, "--limit", 1e-9)
+    assert benchmark(tmp_path / "r.jsonl", *options) == (0, [])
+    assert "2 cases were not begun within 0 seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "gemm"], "invalid choice: 'gemm'"),
+        (["--shapes", "gpt-5"], "invalid choice: 'gpt-5'"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--op", "lowrank_linear", "--base", "naive"], "lowrank_linear has no provider naive; it has ours, dense"),
+        (["--tokens", "0"], "must be at least 1"),
+        (["--keep", "1.0"], "shares between 0 and 1"),
+    ],
+)
+def test_a_wrong_request_names_what_is_wrong(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--device", "cuda"])
+    assert "torch sees no GPU" in capsys.readouterr().err
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "sees no GPU" in done.stderr and done.stdout == ""
+
+
+def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp_path):
+    results, rows = everything
+    again = tmp_path / "again.jsonl"
+    newer = [row | {"us_p50": 12345.0} for row in rows if row["status"] == "ok"][:1]
+    for row in rows + newer:
+        record.append(again, row)
+    picture, table = tmp_path / "roofline.png", tmp_path / "kernels.md"
+    assert tables.main([str(again), "--markdown", str(table), "--roofline", str(picture)]) == 0
+    text = table.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) == len(OPS) + sum(row["status"] == "ok" for row in rows)  # a heading each, and every timed row
+    assert len({line.count("|") for line in lines}) == 1
+    assert text.count("12345") == 1 and f"commit {rows[0]['commit']}" in text
+    assert "gram_accumulate, not timed: quack: " in text
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_occupancy_is_what_the_scarcest_resource_allows():
+    assert blocks_per_sm(128, 0, 8) == 2  # registers: 65536 / (128 x 256)
+    assert blocks_per_sm(129, 0, 8) == 1  # they come in eights
+    assert blocks_per_sm(32, 100 * 1024, 4) == 2  # shared memory: 228 / (100 + 1)
+    assert blocks_per_sm(16, 0, 16) == 4  # threads: 2048 / 512
+    assert blocks_per_sm(16, 0, 1) == 32  # blocks
+
+
+def test_a_prediction_takes_the_longest_of_its_terms():
+    card = Card(num_sms=100, half_tflops=1e3, hbm_gbs=1e3, l2_gbs=1e4, latency_us=1.0, launch_us=1.0)
+    work = Work(blocks=150, flops=10**10, half=True, dram_bytes=10**6, l2_bytes=10**6, step_bytes=10**5)
+    # 10 µs of arithmetic, on 150 of the 200 places that two rounds over 100 SMs have
+    assert predicted(work, 1, 3, card) == ("compute", pytest.approx(10 / 0.75 + 1))
+    few = Work(blocks=1, flops=0, half=True, dram_bytes=10**6, l2_bytes=0, step_bytes=10**5)
+    # one block has 2 x 10⁵ bytes on their way at any time: 5 µs for a million
+    assert predicted(few, 1, 3, card) == ("latency", pytest.approx(5 + 1))
+
+
+@pytest.fixture(scope="module")
+def modelled(tmp_path_factory):
+    """Lines of cells of the model's output, with one measured row to show."""
+    folder = tmp_path_factory.mktemp("model")
+    row = {"op": "quadratic_form", "shape": "D=1024 T=8192", "dtype": "bf16", "provider": "ours", "status": "ok"}
+    for gpu, us in (("NVIDIA H200", 50.0), (None, 7.0)):
+        record.append(folder / "r.jsonl", row | {"gpu": gpu, "us_p50": us})
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_CACHE_DIR": str(folder / "triton")}
+    command = [sys.executable, "-m", "benchmarks.model", "--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
+    done = subprocess.run(
+        [*command, "--results", str(folder / "r.jsonl")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_no_prediction_is_below_the_floor(modelled):
+    assert modelled[0].startswith("Predicted, not measured")
+    lines = [line for line in modelled if line.startswith(tuple(OPS))]
+    for line in lines:
+        cells = [cell for cell in line.split("  ") if cell]
+        floor, prediction = map(float, cells[11:13])
+        assert prediction > floor > 0, line
+    grid = Grid(MODELS["llama-3.1-8b"], [8192], [0.8], [512])
+    assert len(lines) == sum(len(list(spec.cases(grid))) for spec in OPS.values())
+
+
+def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):
+    (line,) = [line for line in modelled if line.startswith("quadratic_form") and "D=1024 T=8192" in line]
+    prediction, measured, ratio = map(float, line.split()[-3:])
+    assert measured == 50 and ratio == pytest.approx(50 / prediction, rel=0.01)
