@@ -8,6 +8,7 @@ linear layers' weights that is stored; ranks are not rounded to multiples, so th
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--stats", type=Path, required=True, help="statistics directory, made if it is not there")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--plot", type=Path, help="also draw perplexity against the ratio into this file")
+    parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
     arguments = parser.parse_args()
 
     model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
@@ -82,9 +84,33 @@ def main() -> None:
     Console().print(comparison(sorted(rows, key=lambda row: (-row["keep"], row["perplexity"]))))
     if arguments.plot is not None:
         plot(rows, arguments.plot)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Perplexity and KL to the dense model: a row for each method, a column for each allocation and ratio."""
+    dense = next(row for row in rows if row["method"] == "dense")
+    found = {(row["method"], row["ranks"], row["keep"]): row for row in rows if row is not dense}
+    columns = sorted(
+        {(ranks, keep) for _, ranks, keep in found}, key=lambda column: (RANKS.index(column[0]), -column[1])
+    )
+    lines = [
+        f"| dense {dense['perplexity']:.2f} | {' | '.join(f'{ranks} {keep}' for ranks, keep in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for method in gfwsvd.METHODS:
+        cells = [found.get((method, *column)) for column in columns]
+        shown = [f"{_figure(row['perplexity'])} ({row['kl']:.2f})" if row else "" for row in cells]
+        lines.append(f"| `{method}` | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(perplexity: float) -> str:
+    return f"{perplexity:.1f}" if perplexity < 1000 else f"{perplexity:.0e}".replace("e+0", "e")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity against the kept share, one line per method, one panel per rank allocation."""
     import matplotlib
 

@@ -50,10 +50,15 @@ def test_quality_adds_the_missing_rows_only(workspace, tmp_path, monkeypatch):
     first = results.read_text()
     assert [row["method"] for row in record.read(results)] == ["dense", "svd", "kfac"]
     assert all(row["machine"] and row["commit"] and row["calibration"] == "text.txt" for row in record.read(results))
-    picture = tmp_path / "picture.png"
-    run(monkeypatch, quality, *options, "--keep", 0.8, "--methods", "svd", "kfac", "gfwsvd", "--plot", picture)
+    picture, written = tmp_path / "picture.png", tmp_path / "table.md"
+    options += ["--plot", picture, "--markdown", written]
+    run(monkeypatch, quality, *options, "--keep", 0.8, "--methods", "svd", "kfac", "gfwsvd")
     assert results.read_text().startswith(first) and len(record.read(results)) == 7
     assert picture.stat().st_size > 1000
+    table = written.read_text().splitlines()
+    assert table[0].count("|") == table[1].count("|") == 4 and "uniform 0.8 | global 0.8" in table[0]
+    shown = {row["method"]: f"{row['perplexity']:.1f} ({row['kl']:.2f})" for row in record.read(results)[1:3]}
+    assert all(text in next(line for line in table if f"`{method}`" in line) for method, text in shown.items())
 
 
 def test_overhead_measures_every_pass(workspace, tmp_path, monkeypatch):
