@@ -164,6 +164,7 @@ def test_ctrl_c_in_calibration_leaves_nothing(workspace, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     for character in iter(lambda: process.stderr.read(1), ""):
         if character == "b":  # of the progress bar "calibration pass ...": the passes have begun
