@@ -6,7 +6,8 @@ A checkpoint is an ordinary transformers folder whose `quantization_config` is t
      "layers": {NAME: {"kind": "lowrank", "rank": R} | {"kind": "dense"}}}
 
 with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer, and
-`NAME.weight` for a dense one. The manifest `gfwsvd.json` beside it holds the report and the digest of each tensor file.
+`NAME.weight` for a dense one. The manifest `gfwsvd.json` beside it holds the report, the digest of each tensor file,
+and a digest of itself.
 """
 
 import math
@@ -18,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .errors import GfwsvdError
-from .folders import TensorInfo, read_headers, read_json
+from .folders import TensorInfo, check_seal, read_headers, read_json
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "gfwsvd"
@@ -141,6 +142,19 @@ def _matrix(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
     return tensors[name]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, {} where it has none (it was saved again by transformers).
+
+    Raises:
+        GfwsvdError: when it was cut short or changed.
+    """
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = read_json(folder / MANIFEST)
+    check_seal(folder / MANIFEST, manifest)
+    return manifest
+
+
 def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint holds, from its JSON files and the headers of its tensor files: no tensor is read.
 
@@ -160,8 +174,7 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise GfwsvdError(f"{folder} is no gfwsvd checkpoint: its config.json has no quantization_config")
     tensors = read_headers(checkpoint_files(folder))
     layers = check_layers(parse_section(section), tensors)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    report = manifest.get("report", {})
+    report = read_manifest(folder).get("report", {})
     details = {entry["name"]: entry for entry in report.get("layers", ())}
     names = sorted(layers, key=list(details).index) if details.keys() >= layers.keys() else list(layers)
     stored, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))

@@ -20,6 +20,7 @@ from .errors import GfwsvdError
 
 _AT_FDCWD = -100  # <fcntl.h>: paths relative to the working directory
 _RENAME_EXCHANGE = 2  # <linux/fs.h>: swap the two names in one step
+_SEAL = "seal"
 
 
 class TensorInfo(NamedTuple):
@@ -171,6 +172,25 @@ def write_json(path: Path, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise GfwsvdError(f"{path.name} can hold plain JSON values only: {error}") from error
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` and the digest of what it says, for `check_seal` to find after it was read back."""
+    return {**value, _SEAL: _seal(value)}
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """GfwsvdError unless the object `value`, read from `path`, is as `sealed` made it."""
+    if value.get(_SEAL) != _seal({name: entry for name, entry in value.items() if name != _SEAL}):
+        raise GfwsvdError(
+            f"{path} is not what was written there: its content does not have the digest recorded in it; copy it again "
+            "or write it anew"
+        )
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, default=str)  # what JSON has no form for is for `write_json` to refuse
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

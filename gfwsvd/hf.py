@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import checkpoint
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
-from .folders import atomic_folder, check_digests, read_headers, read_json, sha256_file, write_json
+from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
 from .layers import LowRankLinear, dense_weight, is_linear
 
 if TYPE_CHECKING:
@@ -116,9 +116,8 @@ def _check_files(files: list[Path], ranks: dict[str, int | None], shapes: dict[s
     """Headers first, then the digests where the manifest lies beside."""
     checkpoint.check_layers(ranks, read_headers(files), shapes=shapes)
     folder = files[0].parent
-    if (manifest := folder / checkpoint.MANIFEST).exists():
-        digests = read_json(manifest).get("sha256", {})
-        check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
+    digests = checkpoint.read_manifest(folder).get("sha256", {})
+    check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
 
 
 def save_pretrained(
@@ -163,7 +162,7 @@ def save_pretrained(
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
         digests = {file.name: sha256_file(file) for file in files}
         manifest = {"format_version": checkpoint.FORMAT_VERSION, "sha256": digests, "report": details}
-        write_json(folder / checkpoint.MANIFEST, manifest)
+        write_json(folder / checkpoint.MANIFEST, sealed(manifest))
 
 
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .calibration import Statistics
 from .errors import GfwsvdError
-from .folders import atomic_folder, check_digests, read_headers, read_json, sha256_file, write_json
+from .folders import (
+    atomic_folder,
+    check_digests,
+    check_seal,
+    read_headers,
+    read_json,
+    sealed,
+    sha256_file,
+    write_json,
+)
 from .statistics import LayerStatistics
 
 STATISTICS_VERSION = 1
@@ -70,17 +79,15 @@ def save_statistics(
         layers[name] = {**{number: getattr(stats, number) for number in _NUMBERS}, "tensors": stored}
     with atomic_folder(directory, overwrite=overwrite, marker=JSON_NAME) as folder:
         save_file(tensors, folder / TENSORS_NAME)
-        write_json(
-            folder / JSON_NAME,
-            {
-                "statistics_version": STATISTICS_VERSION,
-                "collected": sorted(statistics.collected),
-                **{name: getattr(statistics, name) for name in _PLAIN},
-                "provenance": dict(provenance or {}),
-                "sha256": {TENSORS_NAME: sha256_file(folder / TENSORS_NAME)},
-                "layers": layers,
-            },
-        )
+        described = {
+            "statistics_version": STATISTICS_VERSION,
+            "collected": sorted(statistics.collected),
+            **{name: getattr(statistics, name) for name in _PLAIN},
+            "provenance": dict(provenance or {}),
+            "sha256": {TENSORS_NAME: sha256_file(folder / TENSORS_NAME)},
+            "layers": layers,
+        }
+        write_json(folder / JSON_NAME, sealed(described))
 
 
 def load_statistics(directory: str | os.PathLike[str]) -> tuple[Statistics, dict[str, Any]]:
@@ -98,6 +105,7 @@ def load_statistics(directory: str | os.PathLike[str]) -> tuple[Statistics, dict
             f"this gfwsvd reads statistics_version {STATISTICS_VERSION}, {folder / JSON_NAME} has "
             f"{described.get('statistics_version')!r}; calibrate again"
         )
+    check_seal(folder / JSON_NAME, described)
     read_headers([folder / TENSORS_NAME])
     try:
         check_digests(folder, {TENSORS_NAME: described["sha256"][TENSORS_NAME]})

@@ -18,8 +18,10 @@ from gfwsvd.folders import (
     atomic_folder,
     check_digests,
     check_output_folder,
+    check_seal,
     read_headers,
     read_json,
+    sealed,
     sha256_file,
     write_json,
 )
@@ -223,6 +225,20 @@ def test_json_takes_plain_finite_values_only(tmp_path, value):
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize(
+    "value", [{}, {"a": 0.1, "b": [1, None, "é"], "c": {"10": 1e-300, "2": True}}, {2: 1, 10: (3, 4)}]
+)
+def test_a_sealed_object_is_known_again_and_every_change_of_it_noticed(tmp_path, value):
+    write_json(tmp_path / "x.json", sealed(value))
+    back = read_json(tmp_path / "x.json")
+    check_seal(tmp_path / "x.json", back)
+    changes = [{**back, name: "other"} for name in back] + [{**back, "new": 1}]
+    changes += [{k: v for k, v in back.items() if k != name} for name in back]
+    for changed in changes:
+        with pytest.raises(GfwsvdError, match=r"x\.json is not what was written there"):
+            check_seal(tmp_path / "x.json", changed)
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
@@ -308,7 +324,7 @@ def checkpoint(folder: Path, *, section: object = SECTION, tensors: dict[str, to
 
 def test_inspect_counts_what_the_headers_say(tmp_path):
     report = {"layers": [{"name": "b", "d_in": 5}, {"name": "a", "predicted_loss": 0.5}], "provenance": {"seed": 3}}
-    write_json(checkpoint(tmp_path) / "gfwsvd.json", {"format_version": 1, "sha256": {}, "report": report})
+    write_json(checkpoint(tmp_path) / "gfwsvd.json", sealed({"format_version": 1, "sha256": {}, "report": report}))
     found = inspect(tmp_path)
     assert found == {
         "format_version": 1,
@@ -327,6 +343,14 @@ def test_inspect_counts_what_the_headers_say(tmp_path):
         ],
     }
     assert json.loads(json.dumps(found)) == found
+
+
+def test_inspect_refuses_a_manifest_that_was_changed(tmp_path):
+    manifest = sealed({"format_version": 1, "sha256": {}, "report": {"layers": [], "provenance": {"seed": 3}}})
+    for changed in (manifest | {"report": 3}, manifest | {"sha256": {"model.safetensors": "0"}}, {}):
+        write_json(checkpoint(tmp_path) / "gfwsvd.json", changed)
+        with pytest.raises(GfwsvdError, match=r"gfwsvd\.json is not what was written there"):
+            inspect(tmp_path)
 
 
 def test_inspect_does_without_the_manifest(tmp_path):

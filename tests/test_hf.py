@@ -260,6 +260,11 @@ def change_config(folder: Path, change) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def change_manifest(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "gfwsvd.json").read_text())
+    (folder / "gfwsvd.json").write_text(json.dumps(manifest | changes))
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -281,6 +286,7 @@ def flip(folder: Path) -> None:
         (cut, r"model\.safetensors is not a whole safetensors file"),
         (flip, r"model\.safetensors is not the file that was written there"),
         (lambda folder: (folder / "gfwsvd.json").write_text('{"sha'), r"gfwsvd\.json is not JSON"),
+        (lambda folder: change_manifest(folder, sha256={}), r"gfwsvd\.json is not what was written there"),
         (lambda folder: change_config(folder, lambda section: section.update(format_version=2)), "format_version 1"),
         (lambda folder: change_config(folder, lambda section: section.pop("layers")), "object `layers`"),
         (

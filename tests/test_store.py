@@ -9,6 +9,7 @@ import torch
 import gfwsvd
 from gfwsvd import store
 from gfwsvd.errors import GfwsvdError
+from gfwsvd.folders import sealed
 from gfwsvd.store import JSON_NAME, TENSORS_NAME, load_statistics, pack, save_statistics, unpack
 from tiny_models import random_tokens, tiny_model
 
@@ -101,13 +102,22 @@ def _flip(folder):
     file.write_bytes(content)
 
 
-def _edit(change):
+def _edit(change, *, seal=True):
+    """Changes what the JSON file says; with `seal` as if it had been written so."""
+
     def damage(folder):
         described = json.loads((folder / JSON_NAME).read_text())
         change(described)
+        if seal:
+            described.pop("seal")
+            described = sealed(described)
         (folder / JSON_NAME).write_text(json.dumps(described))
 
     return damage
+
+
+def _first_layer(described):
+    return next(iter(described["layers"].values()))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +130,12 @@ def _edit(change):
         (lambda folder: (folder / JSON_NAME).write_text('{"statistics_version"'), "is not JSON"),
         (_edit(lambda described: described.update(statistics_version=99)), "reads statistics_version"),
         (_edit(lambda described: described.pop("layers")), "does not describe the tensors"),
-        (_edit(lambda described: next(iter(described["layers"].values())).update(d_in=3)), "calibrate again"),
+        (_edit(lambda described: _first_layer(described).update(d_in=3)), "calibrate again"),
         (_edit(lambda described: described["sha256"].clear()), "does not describe the tensors"),
+        (_edit(lambda described: described.update(num_losses=0), seal=False), "not what was written there"),
+        (_edit(lambda described: _first_layer(described).update(trace="x"), seal=False), "not what was written there"),
+        (_edit(lambda described: described["layers"].popitem(), seal=False), "not what was written there"),
+        (_edit(lambda described: described.pop("seal"), seal=False), "not what was written there"),
     ],
 )
 def test_a_damaged_directory_is_refused(folder, damage, message):
