@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_tokens, is_causal
 from .errors import GfwsvdError
 from .hooks import frozen, watch
 from .layers import dense_weight, find_linears, fingerprint
@@ -96,8 +97,9 @@ def calibrate(
         track: wraps the batches of each pass to show progress.
 
     Raises:
-        GfwsvdError: unknown settings, no batch, NaN or inf in a layer's activations or gradients or in the loss, or a
-            user's loss together with sampled labels.
+        GfwsvdError: unknown settings, no batch, sequences too long for the model or of tokens it does not have, NaN or
+            inf in a layer's activations or gradients or in the loss, a user's loss together with sampled labels, or
+            none for a model that predicts no next tokens.
     """
     collect = frozenset(collect)
     check_settings(unit, labels, sweeps, clip)
@@ -112,10 +114,14 @@ def calibrate(
     batches = [dict(batch) for batch in batches]
     if not batches:
         raise GfwsvdError("calibration needs at least one batch, got none; give a longer text or more sequences")
+    for batch in batches:
+        if "input_ids" in batch:
+            check_tokens(model, batch["input_ids"])
     settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed}
+    run = loss or (_forward if collect == {INPUTS} else _causal_lm_loss(labels, seed))
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
-        leaders = _input_leaders(model, linears, batches[0], loss)
+        leaders = _input_leaders(model, linears, batches[0], loss or _forward)
         reached = {name: linears[name] for name in linears if name in leaders}
         if not reached:
             raise GfwsvdError(f"no linear layer of {type(model).__name__} ran in the forward pass of the first batch")
@@ -127,7 +133,7 @@ def calibrate(
             model_sha256=fingerprint(reached),
             unreached=tuple(name for name in linears if name not in leaders),
         )
-        collector = _Collector(model, reached, leaders, statistics, loss or _causal_lm_loss(labels, seed))
+        collector = _Collector(model, reached, leaders, statistics, run)
         passes = sweeps if KRONECKER in collect else 1
         for number in range(passes):
             collector.run_pass(batches, number, passes, track)
@@ -178,13 +184,11 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 
 @torch.no_grad()
-def _input_leaders(
-    model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, loss: Loss | None
-) -> dict[str, str]:
+def _input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss) -> dict[str, str]:
     """For each layer that one forward pass reaches, the first layer that took the very same input (itself, mostly)."""
     inputs: dict[str, list[Tensor]] = {}
     with watch(linears, on_input=lambda name, x: inputs.setdefault(name, []).append(x)):
-        (loss or _forward)(model, _to_device(batch, model))
+        run(model, _to_device(batch, model))
     firsts: dict[tuple[int, ...], str] = {}
     return {name: firsts.setdefault(tuple(map(id, seen)), name) for name, seen in inputs.items()}
 
@@ -195,10 +199,8 @@ def _causal_lm_loss(labels: str, seed: int) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         output = _forward(model, batch)
-        if not hasattr(output, "logits"):
-            raise GfwsvdError(
-                f"{type(model).__name__} gives no logits for the next-token loss: give a loss of your own"
-            )
+        if not hasattr(output, "logits") or not is_causal(model):
+            raise GfwsvdError(f"{type(model).__name__} gives no logits of next tokens: give a loss of your own")
         logits = output.logits[:, :-1]
         targets = batch.get("labels", ids)[:, 1:]
         valid = targets != -100
@@ -300,7 +302,7 @@ class _Collector:
                 self.statistics.num_losses += losses.numel()
             total.backward()
         else:
-            _forward(self.model, batch)
+            self.loss(self.model, batch)
         if self.first_pass:
             self.statistics.num_sequences += self.num_sequences
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Track, silent
+from .checks import check_causal
 from .errors import GfwsvdError
-from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_causal, check_windows, evaluating, model_device
+from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating, model_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

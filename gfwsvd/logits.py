@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Track, silent
+from .checks import check_causal, check_tokens
 from .errors import GfwsvdError
 
 _PROBE_TOKENS = 128  # of the first window, on which logits from hidden states are compared with the model's own
@@ -36,7 +37,7 @@ class LogitsSource:
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         check_causal(model)
-        _check_fits(model, windows)
+        check_tokens(model, windows)
         self.model, self.windows, self.device = model, windows, model_device(model)
         find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = find_head()
@@ -167,27 +168,6 @@ def check_windows(windows: Tensor, batch_size: int) -> None:
         raise GfwsvdError(f"windows must have at least 2 tokens to predict one, got {windows.shape[1]}")
     if batch_size < 1:
         raise GfwsvdError(f"batch_size must be at least 1, got {batch_size}")
-
-
-def check_causal(model: nn.Module) -> None:
-    """Raises GfwsvdError for encoders and encoder-decoders of transformers."""
-    can_generate: Any = getattr(model, "can_generate", lambda: True)
-    if not can_generate() or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise GfwsvdError(f"{type(model).__name__} predicts no next tokens: expected a causal language model")
-
-
-def _check_fits(model: nn.Module, windows: Tensor) -> None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text, "max_position_embeddings", None)
-    if length is not None and windows.shape[1] > length:
-        raise GfwsvdError(f"windows have {windows.shape[1]} tokens, the model takes {length} at most; use shorter ones")
-    vocabulary = getattr(text, "vocab_size", None)
-    if vocabulary is not None and not 0 <= windows.min() <= windows.max() < vocabulary:
-        raise GfwsvdError(
-            f"windows hold tokens from {windows.min()} to {windows.max()}, the model's vocabulary has {vocabulary}: "
-            "expected tokens of the model's own tokenizer"
-        )
 
 
 def _head_explains(head: nn.Module | None, inputs: list[Tensor], logits: Tensor) -> bool:

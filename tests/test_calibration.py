@@ -377,6 +377,20 @@ def test_batches_may_hold_one_label_for_each_sequence():
     assert found.layers["bert.encoder.layer.0.intermediate.dense"].num_tokens == 24
 
 
+@pytest.mark.parametrize("collect", [["inputs"], ["inputs", "gradients"]])
+def test_batches_in_the_form_of_a_users_loss_serve_every_collection(collect):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    batch = {"first": torch.randn(3, 6), "second": torch.randn(3, 6)}
+
+    def loss(model, batch):
+        return (model(batch["first"]) - model(batch["second"])).square().sum(-1)
+
+    found = calibrate(model, [batch], collect=collect, loss=loss).layers["0"]
+    inputs = torch.cat([batch["first"], batch["second"]]).double()
+    assert found.num_tokens == 6
+    assert torch.allclose(found.input_moment.tril().double(), (inputs.T @ inputs).tril(), rtol=1e-5, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -536,6 +550,20 @@ def test_no_batches_are_refused_where_something_is_collected():
 def test_batches_that_predict_nothing_are_refused(batch):
     with pytest.raises(GfwsvdError, match="sequence of two tokens"):
         calibrate(tiny_model("llama"), [batch])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "ids, message", [(random_tokens(1, 129), "takes 128 at most"), (random_tokens(2, 5) + 128, "has 128")]
+)
+def test_tokens_that_the_model_does_not_take_are_refused(kind, ids, message):
+    with pytest.raises(GfwsvdError, match=message):
+        calibrate(tiny_model(kind), [{"input_ids": random_tokens(2, 5)}, {"input_ids": ids}])
+
+
+def test_a_masked_language_model_needs_a_loss():
+    with pytest.raises(GfwsvdError, match="BertForMaskedLM gives no logits of next tokens.*loss of your own"):
+        calibrate(tiny_model("bert"), _batches(random_tokens(2, 5), 1))
 
 
 def test_an_encoder_without_logits_needs_a_loss():

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "gfwsvd_kernels": 0,
     "gfwsvd.errors": 0,
+    "gfwsvd.checks": 1,
     "gfwsvd.folders": 1,
     "gfwsvd.metrics": 1,
     "gfwsvd.whiten": 1,

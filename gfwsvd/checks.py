@@ -1,0 +1,36 @@
+"""Checks of token ids against a model of transformers, which would fail on them in its own way, or not at all."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import GfwsvdError
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether `model` may predict next tokens: False for encoders and encoder-decoders of transformers."""
+    can_generate: Any = getattr(model, "can_generate", lambda: True)
+    return can_generate() and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def check_causal(model: nn.Module) -> None:
+    """GfwsvdError unless `is_causal`."""
+    if not is_causal(model):
+        raise GfwsvdError(f"{type(model).__name__} predicts no next tokens: expected a causal language model")
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """GfwsvdError where token ids (N, S) are longer than the model's context or not of its vocabulary."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text, "max_position_embeddings", None)
+    if length is not None and ids.shape[1] > length:
+        raise GfwsvdError(
+            f"the sequences have {ids.shape[1]} tokens, the model takes {length} at most; ask for shorter ones"
+        )
+    vocabulary = getattr(text, "vocab_size", None)
+    if vocabulary is not None and ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise GfwsvdError(
+            f"the tokens are from {ids.min()} to {ids.max()}, the model's vocabulary has {vocabulary}: expected tokens "
+            "of the model's own tokenizer"
+        )
