@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import __version__, sources
 from .calibration import CLIP, calibrate, check_settings
@@ -19,12 +19,13 @@ from .checkpoint import inspect as inspect_checkpoint
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
-from .folders import check_output_folder
+from .folders import check_output_file, check_output_folder
 from .methods import METHODS, method_named
 from .progress import bar
 from .ranks import RANKS, check_keep, check_ranks
 from .statistics import LABELS, UNITS
 from .store import JSON_NAME, load_statistics, save_statistics
+from .texts import text_name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,7 +84,7 @@ def _mendable(command: Callable[..., None]) -> Callable[..., None]:
             print(f"gfwsvd: error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            print("gfwsvd: interrupted; nothing was written", file=sys.stderr)
+            print("gfwsvd: interrupted; nothing half-written is left", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return guarded
@@ -136,6 +137,7 @@ def calibrate_command(
 @app.command("compress")
 @_mendable
 def compress_command(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the compressed model")],
     method: Annotated[
@@ -177,16 +179,21 @@ def compress_command(
 ) -> None:
     """Write a smaller model: low-rank linear layers in an ordinary transformers folder.
 
-    The options from --sequences to --exclude belong to a calibration on --text; statistics bring their own.
+    The options from --sequences to --exclude belong to a calibration on --text and are refused with --stats: statistics
+    bring their own. Method svd needs neither.
     """
     needs = method_named(method).needs
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_settings(unit, labels, sweeps, clip)
     _check_dtype(dtype)
-    if (stats is None) == (text is None) and needs:
+    if stats is None and text is None and needs:
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
+    if stats is not None:
+        _check_no_calibration(context)
     check_output_folder(out, overwrite=overwrite, marker="config.json")
+    if report is not None:
+        check_output_file(report)
     statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
     batches = None
@@ -219,7 +226,7 @@ def compress_command(
     if report is not None:
         from .report import write_report
 
-        write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result], evaluations=[])
+        write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
     _print(_summary(result, out), json_output)
 
 
@@ -256,7 +263,7 @@ def inspect_command(
     if json_output:
         _print(found, json_output)
         return
-    table = Table("layer", "kind", "rank", "stored", "dense", "predicted loss")
+    table = Table(Column("layer", overflow="fold"), "kind", "rank", "stored", "dense", "predicted loss")
     for layer in found["layers"]:
         loss = layer.get("predicted_loss")
         table.add_row(
@@ -271,14 +278,26 @@ def inspect_command(
     _print({key: value for key, value in found.items() if key != "layers"}, json_output)
 
 
+def _check_no_calibration(context: typer.Context) -> None:
+    """With statistics, an option of the calibration would have no effect; `exclude` would leave out no layer."""
+    names = ("text", "sequences", "seq_len", "batch_size", "unit", "labels", "sweeps", "clip", "seed", "exclude")
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise GfwsvdError(
+            f"the statistics of --stats bring their own calibration, got {options} as well: give either --stats DIR or "
+            "--text TEXT, and not both"
+        )
+
+
 def _check_dtype(dtype: str | None) -> None:
     if dtype not in (None, *DTYPES):
         raise GfwsvdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def _provenance(model: str, text: str, sequences: int, seq_len: int) -> dict[str, Any]:
-    name = Path(text).name if Path(text).exists() else text  # no path of this machine
-    return {"model": model, "text": name, "sequences": sequences, "seq_len": seq_len, "tokens": sequences * seq_len}
+    tokens = sequences * seq_len
+    return {"model": model, "text": text_name(text), "sequences": sequences, "seq_len": seq_len, "tokens": tokens}
 
 
 def _versions() -> dict[str, str]:
@@ -300,7 +319,7 @@ def _summary(result: CompressionReport, out: Path) -> dict[str, Any]:
         **{key: value for key, value in details.items() if key not in ("layers", "provenance")},
         "lowrank_layers": kinds.count("lowrank"),
         "dense_layers": kinds.count("dense"),
-        "predicted_loss": sum(layer.predicted_loss for layer in result.layers),
+        "predicted_loss": sum(layer.predicted_loss for layer in result.layers) if result.predicts_loss else None,
         "provenance": details["provenance"],
     }
 
@@ -309,7 +328,7 @@ def _print(values: dict[str, Any], json_output: bool) -> None:
     if json_output:
         print(json.dumps(values, allow_nan=False))
         return
-    table = Table(show_header=False, box=None)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
     for key, value in values.items():
         if value is not None:
             table.add_row(key.replace("_", " "), _plain(value))

@@ -41,9 +41,11 @@ def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False
             folder that lacks the file, so that a mistyped path does not cost a folder of something else.
 
     Raises:
-        GfwsvdError: when the path is a file, a non-empty folder that may not be replaced, or the working directory.
+        GfwsvdError: when the path is a file, a non-empty folder that may not be replaced, or the working directory, or
+            nothing can be written there.
     """
     target = Path(path).expanduser().resolve()
+    _check_writable(target)
     if not target.exists():
         return target
     if not target.is_dir():
@@ -56,6 +58,22 @@ def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False
     if Path.cwd().is_relative_to(target):
         raise GfwsvdError(f"cannot replace {target}, the working directory is in it; start from another folder")
     return target
+
+
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """GfwsvdError unless a file could be written there, its missing parent folders too; replacing one is fine."""
+    target = Path(path).expanduser().absolute()
+    _check_writable(target)
+    if target.is_dir():
+        raise GfwsvdError(f"could not write {target}: it is a folder; expected the path of a file")
+
+
+def _check_writable(target: Path) -> None:
+    above = next(parent for parent in target.parents if os.path.exists(parent))  # False too where it cannot be seen
+    if not above.is_dir():
+        raise GfwsvdError(f"could not write {target}: {above} is a file; expected a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise GfwsvdError(f"could not write {target}: no permission to write in {above}; choose another place")
 
 
 @contextlib.contextmanager

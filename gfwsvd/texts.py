@@ -53,6 +53,12 @@ def load_text(spec: str) -> str:
     return text
 
 
+def text_name(spec: str) -> str:
+    """How reports call the text `spec`: a file by its name, without the folders of this machine."""
+    found = _local_file(spec)
+    return spec if found is None else ":".join(filter(None, (found[0].name, found[1])))
+
+
 def _local_file(spec: str) -> tuple[Path, str | None] | None:
     """The file that `spec` names and the field after it, None if there is no such file."""
     if (whole := Path(spec).expanduser()).is_file():

@@ -17,6 +17,7 @@ from gfwsvd.errors import GfwsvdError
 from gfwsvd.folders import (
     atomic_folder,
     check_digests,
+    check_output_file,
     check_output_folder,
     check_seal,
     read_headers,
@@ -143,6 +144,18 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GfwsvdError, match="could not write"):
         write(tmp_path / "file" / "out", "1")
+
+
+@pytest.mark.parametrize("check", [check_output_folder, check_output_file])
+def test_a_place_without_permission_is_refused_before_anything_is_written(tmp_path, check, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    # For root, who may run the tests, no permission is missing.
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: path != tmp_path / "theirs")
+    for path in (tmp_path / "theirs" / "out", tmp_path / "theirs" / "some" / "where" / "out"):
+        with pytest.raises(GfwsvdError, match="no permission to write in .*/theirs;"):
+            check(path)
+    check(tmp_path / "new" / "out")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "theirs"]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

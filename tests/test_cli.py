@@ -100,6 +100,10 @@ BAD = {
     "missing text": (["--text", "nowhere.txt"], "there is no text nowhere.txt"),
     "text too short": (["--text", "TEXT", "--sequences", "500"], "too short"),
     "both sources": (["--text", "TEXT", "--stats", "STATS"], "and not both"),
+    "both sources for plain svd": (["--method", "svd", "--text", "TEXT", "--stats", "STATS"], "and not both"),
+    "statistics and other labels": (["--stats", "STATS", "--labels", "sampled"], "got --labels as well"),
+    "statistics and excluded layers": (["--stats", "STATS", "--exclude", "mlp"], "got --exclude as well"),
+    "sequences beyond the context": (["--text", "TEXT", "--sequences", "2", "--seq-len", "129"], "takes 128 at most"),
     "nothing but excluded layers": (["--text", "TEXT", *CALIBRATION, "--exclude", "."], "no linear layer to compress"),
 }
 
@@ -129,6 +133,39 @@ def test_an_existing_folder_is_refused_before_any_work_and_kept(workspace, tmp_p
     result = run("compress", "no-such-model", "--method", "svd", "--out", tmp_path, status=1)
     assert "is not empty" in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    svd = ("compress", "no-such-model", "--method", "svd", "--out")
+    for options in (
+        (*svd, tmp_path / "file" / "out"),
+        (*svd, tmp_path / "out", "--report", tmp_path / "folder"),
+        (*svd, tmp_path / "out", "--report", tmp_path / "file" / "report.html"),
+        ("calibrate", "no-such-model", "--text", "pydoc", "--stats", tmp_path / "file" / "stats"),
+    ):
+        assert "could not write" in run(*options, status=1).stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_names_of_layers_are_shown_whole_and_texts_without_their_folders(workspace, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"body": (workspace / "text.txt").read_text()}))
+    options = ("--text", f"{rows}:body", *CALIBRATION, "--out", tmp_path / "out")
+    assert run_json("compress", workspace / "model", *options)["provenance"]["text"] == "rows.jsonl:body"
+    shown = "".join(
+        line.split("│")[1].strip() for line in run("inspect", tmp_path / "out").stdout.splitlines() if "│" in line
+    )
+    assert all(layer["name"] in shown for layer in run_json("inspect", tmp_path / "out")["layers"])
+
+
+def test_a_method_that_predicts_no_loss_shows_none(workspace, tmp_path):
+    options = ("--stats", workspace / "stats", "--out")
+    assert (
+        run_json("compress", workspace / "model", "--method", "svd", *options, tmp_path / "1")["predicted_loss"] is None
+    )
+    assert run_json("compress", workspace / "model", "--method", "kfac", *options, tmp_path / "2")["predicted_loss"] > 0
 
 
 def test_a_compressed_model_is_not_compressed_again(workspace, tmp_path):
@@ -173,5 +210,5 @@ def test_ctrl_c_in_calibration_leaves_nothing(workspace, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130, rest
-    assert "interrupted; nothing was written" in rest
+    assert "interrupted; nothing half-written is left" in rest
     assert list(tmp_path.iterdir()) == []
