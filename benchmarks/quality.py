@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality --calibration wiki.train.raw --evaluation wiki.valid.raw --stats DIR --results FILE
 
-Rows already in FILE are not computed again, so an interrupted run goes on where it was. `keep` is the share of the
-linear layers' weights that is stored; ranks are not rounded to multiples, so that methods store the same.
+Rows of the same model, texts and settings in FILE are not computed again, so an interrupted run goes on where it was.
+`keep` is the share of the linear layers' weights that is stored; ranks are not rounded to multiples, so that methods
+store the same.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from rich.console import Console
 import gfwsvd
 from benchmarks import record
 from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
+from gfwsvd.calibration import data_sha256
 from gfwsvd.progress import bar
 from gfwsvd.ranks import RANKS
 
@@ -39,18 +41,21 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
     arguments = parser.parse_args()
 
+    made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
     model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
+    batches = gfwsvd.token_batches(
+        gfwsvd.load_text(arguments.calibration),
+        tokenizer,
+        sequences=arguments.sequences,
+        seq_len=arguments.seq_len,
+        batch_size=4,
+        seed=0,
+    )
     if not arguments.stats.exists():
-        batches = gfwsvd.token_batches(
-            gfwsvd.load_text(arguments.calibration),
-            tokenizer,
-            sequences=arguments.sequences,
-            seq_len=arguments.seq_len,
-            batch_size=4,
-            seed=0,
-        )
         gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar), arguments.stats)
     statistics, _ = gfwsvd.load_statistics(arguments.stats)
+    if statistics.data_sha256 != data_sha256(batches):
+        raise SystemExit(f"{arguments.stats} is not of this text, --sequences and --seq-len; name another directory")
     windows = gfwsvd.windows(
         gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
     )
@@ -65,11 +70,10 @@ def main() -> None:
         "windows": list(windows.shape),
         "evaluation_dtype": arguments.dtype,
     }
-    done = {(row["method"], row.get("ranks"), row["keep"]) for row in record.read(arguments.results)}
+    rows = _rows(arguments.results, about)
+    done = {(row["method"], row.get("ranks"), row["keep"]) for row in rows}
     if ("dense", None, 1.0) not in done:
-        record.append(
-            arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **record.provenance()}
-        )
+        record.append(arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **made})
     runs = [
         Run(method, ranks, keep)
         for keep in arguments.keep
@@ -78,14 +82,19 @@ def main() -> None:
         if (method, ranks, keep) not in done
     ]
     for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype):
-        record.append(arguments.results, {**row, **about, **record.provenance()})
+        record.append(arguments.results, {**row, **about, **made})
         print(f"{row['name']}, keep {row['keep']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}", flush=True)
-    rows = record.read(arguments.results)
+    rows = _rows(arguments.results, about)
     Console().print(comparison(sorted(rows, key=lambda row: (-row["keep"], row["perplexity"]))))
     if arguments.plot is not None:
         plot(rows, arguments.plot)
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+
+
+def _rows(results: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `results` that were made with the same model, texts and settings."""
+    return [row for row in record.read(results) if all(row.get(key) == value for key, value in about.items())]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

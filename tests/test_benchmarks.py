@@ -59,6 +59,10 @@ def test_quality_adds_the_missing_rows_only(workspace, tmp_path, monkeypatch):
     assert table[0].count("|") == table[1].count("|") == 4 and "uniform 0.8 | global 0.8" in table[0]
     shown = {row["method"]: f"{row['perplexity']:.1f} ({row['kl']:.2f})" for row in record.read(results)[1:3]}
     assert all(text in next(line for line in table if f"`{method}`" in line) for method, text in shown.items())
+    run(monkeypatch, quality, *options, "--window", 32, "--keep", 0.8, "--methods", "svd")
+    assert [row["windows"] for row in record.read(results)[7:]] == [[2, 32]] * 3, "other settings make other rows"
+    with pytest.raises(SystemExit, match="is not of this text"):
+        run(monkeypatch, quality, *options, "--seq-len", 16)
 
 
 def test_overhead_measures_every_pass(workspace, tmp_path, monkeypatch):
