@@ -219,7 +219,7 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
             )
     linears = {name: linears[name] for name in statistics.layers}
     if fingerprint(linears) != statistics.model_sha256:
-        raise GfwsvdError(f"the model's weights are not those that were calibrated: {advice}")
+        raise GfwsvdError(f"the model's weights are not those that were calibrated, or rounded to float16: {advice}")
     return linears
 
 

@@ -134,7 +134,10 @@ def _open(
         return None
     if not isinstance(reference, ReferenceLogits):
         stack.enter_context(evaluating(reference))
-        return LogitsSource(reference, windows)
+        try:
+            return LogitsSource(reference, windows)
+        except GfwsvdError as error:
+            raise GfwsvdError(f"the model cannot be compared with the reference: {error}") from error
     if not torch.equal(reference.windows, windows.to(reference.windows)):
         raise GfwsvdError(
             f"the reference logits are of other windows, {tuple(reference.windows.shape)}, than those to evaluate, "

@@ -1,6 +1,6 @@
 """The statistics directory: what calibration collected, to be reused for other methods and ratios.
 
-It holds `statistics.json` (settings, digests of model, data and tensors, the numbers of each layer) and
+It holds `statistics.json` (settings, digests of model, data, tensors and itself, the numbers of each layer) and
 `statistics.safetensors`: symmetric matrices as packed lower triangles, row by row, float32.
 """
 

@@ -257,6 +257,8 @@ def test_another_vocabulary_is_refused():
     larger.resize_token_embeddings(VOCABULARY + 8)
     with pytest.raises(GfwsvdError, match="the model predicts 128 tokens, the reference 136"):
         evaluate(model, tokens, reference=larger)
+    with pytest.raises(GfwsvdError, match="cannot be compared with the reference: .*vocabulary has 128"):
+        evaluate(larger, torch.full((2, 8), VOCABULARY + 1), reference=model)
 
 
 def test_reference_logits_of_other_windows_are_refused():
