@@ -42,7 +42,7 @@ class Decomposition:
 
 
 def decompose(weight: Tensor, left: Metric, right: Metric, *, damping: float, name: str) -> Decomposition:
-    """Whitens `weight (D_OUT, D_IN)` by two metrics and decomposes it, in float64.
+    """Whitens `weight (D_OUT, D_IN)` by two metrics, of any device, and decomposes it, in float64.
 
     The singular vectors come from the smaller Gram matrix of the whitened weight, three times faster than its SVD; the
     factors apply the weight itself, so that only the order of singular values below 1e-8 of the first is uncertain.
@@ -52,6 +52,7 @@ def decompose(weight: Tensor, left: Metric, right: Metric, *, damping: float, na
     """
     if not torch.isfinite(weight).all():
         raise GfwsvdError(f"the weight of layer {name} holds NaN or inf; expected finite numbers")
+    left, right = (None if metric is None else metric.to(weight.device) for metric in (left, right))
     left_root = root(left, damping=damping, name=f"the left metric of layer {name}")
     right_root = root(right, damping=damping, name=f"the right metric of layer {name}")
     whitened = left_root.times(right_root.times(weight.double()).T).T

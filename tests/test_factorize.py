@@ -167,3 +167,15 @@ def test_a_metric_without_root_is_refused_by_layer_and_side(side):
     metrics = {"left": psd(4), "right": psd(6), side: torch.zeros(4 if side == "left" else 6)}
     with pytest.raises(GfwsvdError, match=rf"{side} metric of layer blocks\.7\.down"):
         decompose(torch.randn(4, 6), **metrics, damping=0.01, name="blocks.7.down")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_metrics_read_from_disk_serve_a_weight_on_a_gpu(shape):
+    weight = torch.randn(shape)
+    left, right = (torch.diag(torch.rand(size) + 0.5) for size in shape)
+    here = decompose(weight, left, right, damping=1e-2, name="layer")
+    there = decompose(weight.cuda(), left, right, damping=1e-2, name="layer")
+    torch.testing.assert_close(there.spectrum.cpu(), here.spectrum)
+    (up, down), expected = there.factors(weight.cuda(), 4), here.factors(weight, 4)
+    torch.testing.assert_close((up @ down).cpu(), expected[0] @ expected[1])
