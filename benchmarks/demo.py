@@ -8,7 +8,6 @@ part of it calibrates, another one evaluates. Writes demo-output/: the compresse
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ import gfwsvd
 from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
 from gfwsvd.compress import CompressionReport
 from gfwsvd.evaluate import generate_sample
+from gfwsvd.folders import check_output_folder
 from gfwsvd.progress import bar
+from gfwsvd.texts import text_name
 
 PROMPT = "Why is the sky blue?"
 SHOWN = Run("gfwsvd", "global", 0.8)
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024, help="tokens of each")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     arguments = parser.parse_args()
+    folder = arguments.out / "model"
+    check_output_folder(folder, overwrite=True, marker="config.json")
     console = Console()
     began = time.perf_counter()
 
@@ -63,15 +66,14 @@ def main() -> None:
     )
     statistics = gfwsvd.calibrate(model, batches, track=bar)
 
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    folder, samples = arguments.out / "model", {"dense": generate_sample(model, tokenizer, PROMPT, max_new_tokens=48)}
+    samples = {"dense": generate_sample(model, tokenizer, PROMPT, max_new_tokens=48)}
 
     def through_a_checkpoint(run: Run, compressed: nn.Module, report: CompressionReport) -> nn.Module:
         """Saves and reloads the model that the demonstration is about, and checks that nothing was lost."""
         if run != SHOWN:
             return compressed
-        report.provenance |= {"model": name, "text": arguments.calibration}
-        gfwsvd.save_pretrained(compressed, folder, report=report, tokenizer=tokenizer)
+        report.provenance |= {"model": name, "text": text_name(arguments.calibration)}
+        gfwsvd.save_pretrained(compressed, folder, report=report, tokenizer=tokenizer, overwrite=True)
         reloaded = AutoModelForCausalLM.from_pretrained(folder)
         with torch.inference_mode():
             if not torch.equal(reloaded(windows[:1, :64]).logits, compressed(windows[:1, :64]).logits):

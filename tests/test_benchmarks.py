@@ -33,11 +33,14 @@ def test_the_demonstration_compares_saves_reloads_and_reports(workspace, tmp_pat
     out = tmp_path / "out"
     texts = ("--calibration", workspace / "text.txt", "--evaluation", workspace / "text.txt")
     sizes = ("--sequences", 4, "--seq-len", 32, "--windows", 2, "--window", 64)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
     run(monkeypatch, demo, "--model", workspace / "model", *texts, *sizes, "--out", out)
     rows = json.loads((out / "rows.json").read_text())
     assert [row["method"] for row in rows] == ["dense", *(run.method for run in demo.RUNS)]
     assert all(0.75 < row["kept"] <= 0.8 for row in rows[1:])
     assert (out / "model" / "gfwsvd.json").exists() and "<svg" in (out / "report.html").read_text()
+    assert (out / "notes.txt").read_text() == "mine"
     assert "perplexity" in capsys.readouterr().out
 
 
