@@ -104,8 +104,8 @@ def comparison(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         dense = row["method"] == "dense"
         table.add_row(
-            row["name"],
-            f"{row['perplexity']:.2f}",
+            row["name"].removesuffix(" ranks"),
+            f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.0e}",
             "" if dense else f"{row['kl']:.3f}",
             "" if dense else f"{row['top1']:.1%}",
             f"{row['kept']:.1%}",

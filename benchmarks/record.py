@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     return {
-        "command": " ".join(["python -m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": _command(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
@@ -32,6 +32,13 @@ def provenance() -> dict[str, Any]:
         or os.environ.get("GFWSVD_COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _command() -> str:
+    """The command line, of absolute paths the last part only: they belong to a machine, not to the result."""
+    module = f"{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python -m", module, *arguments])
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
