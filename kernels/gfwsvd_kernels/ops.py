@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gfwsvd_kernels import reference
+from gfwsvd_kernels.layout import Layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_CPU = (*FLOATS, torch.float64)
@@ -104,6 +105,25 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
     return _lowrank_linear(x, down, up, bias)
 
 
+def lowrank_group(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    workspace: Tensor,
+    sizes: list[int],
+    silu_mul: bool,
+) -> Tensor:
+    """What a `LowRankGroup` computes of x (..., D_IN); the other arguments are its buffers and sizes (`layout.py`).
+
+    Raises:
+        TypeError: x of another dtype than the factors.
+        ValueError: x of another width, or on another device.
+    """
+    return _lowrank_group(x, down, up, bias, table, workspace, sizes, silu_mul)
+
+
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
     if tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device == like.device:
         return
@@ -191,7 +211,23 @@ def _check_lowrank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
         _expect("bias", bias, (d_out,), x.dtype, x)
 
 
-def _nothing(*args: Tensor | None) -> None:
+def _check_group(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    workspace: Tensor,
+    sizes: list[int],
+    silu_mul: bool,
+) -> None:
+    _expect_float("x", x)
+    if x.ndim < 1:
+        raise ValueError(f"x must be (..., {down.shape[1]}), got a tensor without dimensions")
+    _expect("x", x, (*x.shape[:-1], down.shape[1]), down.dtype, down)
+
+
+def _nothing(*args: Any) -> None:
     """What an operator that only updates its output returns, and the value check of one that has none."""
 
 
@@ -206,17 +242,17 @@ def _define(
     """Declare an operator: `definition` on a CPU, the function of that name in module `launcher` on CUDA."""
     name = definition.__name__
 
-    def on_cpu(*args: Tensor | None) -> Any:
+    def on_cpu(*args: Any) -> Any:
         check(*args)
         check_values(*args)
         return definition(*args)
 
-    def on_cuda(first: Tensor, *args: Tensor | None) -> Any:
+    def on_cuda(first: Tensor, *args: Any) -> Any:
         check(first, *args)
         with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
             return getattr(import_module(launcher), name)(first, *args)
 
-    def fake(*args: Tensor | None) -> Any:
+    def fake(*args: Any) -> Any:
         check(*args)
         return shape_only(*args)
 
@@ -248,6 +284,13 @@ _lowrank_linear = _define(
     "gfwsvd_kernels.lowrank",
     _check_lowrank,
     shape_only=lambda x, down, up, bias: x.new_empty((*x.shape[:-1], up.shape[0])),
+)
+_lowrank_group = _define(
+    reference.lowrank_group,
+    "gfwsvd_kernels.decode",
+    _check_group,
+    shape_only=lambda x, *args: x.new_empty((*x.shape[:-1], Layout.of(*args[-2:]).out_width)),
+    mutates=("workspace",),
 )
 
 

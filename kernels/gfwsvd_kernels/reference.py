@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfwsvd_kernels.layout import Layout
+
 # Measured (docs/kernels.md). Smaller blocks save a little more on idle cores, but each product makes the threads wait
 # for each other, which costs far more than it saves where cores are shared.
 BLOCK = 192  # up to this width a triangle is computed as a full square
@@ -97,3 +99,27 @@ def _add_in_token_space(out: Tensor, x: Tensor, g: Tensor, metric: Tensor | None
 
 def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.linear(x, down), up, bias)
+
+
+def lowrank_group(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    workspace: Tensor,
+    sizes: list[int],
+    silu_mul: bool,
+) -> Tensor:
+    layout = Layout.of(sizes, silu_mul)
+    parts = []
+    for record in layout.records():
+        start, rank, pitch, d_out = (record[name] for name in ("up_start", "rank", "pitch", "d_out"))
+        z = F.linear(x, down[record["z_start"] : record["z_start"] + rank])
+        y = z @ up[start : start + rank * pitch].view(rank, pitch)
+        if layout.pivoted:
+            source = table[record["source_start"] : record["source_start"] + d_out].long()
+            y = torch.cat((y, z), -1)[..., torch.where(source < 0, pitch - 1 - source, source)]
+        y = y[..., :d_out]
+        parts.append(y if bias is None else y + bias[record["out_start"] : record["out_start"] + d_out])
+    return F.silu(parts[0]) * parts[1] if silu_mul else torch.cat(parts, -1)

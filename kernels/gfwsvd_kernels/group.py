@@ -1,0 +1,158 @@
+"""A group of low-rank projections of one input, laid out for inference: the module that owns weights and workspace."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gfwsvd_kernels import layout
+from gfwsvd_kernels.layout import Layout, Projection
+from gfwsvd_kernels.ops import lowrank_group
+
+ACTIVATIONS = (None, "silu_mul")
+
+
+class Factors(NamedTuple):
+    """One projection of an input x (..., D_IN): `y = up (down x) + bias`.
+
+    With `pivots`, the outputs `pivots` are `down x` themselves and `up` makes the others, in their order (the pivoted
+    form of PIFA, ICML 2025).
+
+    Attributes:
+        down: (R, D_IN).
+        up: (D_OUT, R); with pivots (D_OUT - R, R).
+        bias: (D_OUT,) or None.
+        pivots: (R,) distinct outputs, int64, or None.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None = None
+    pivots: Tensor | None = None
+
+    @property
+    def d_out(self) -> int:
+        return self.up.shape[0] + (0 if self.pivots is None else self.down.shape[0])
+
+
+class LowRankGroup(nn.Module):
+    """Projections of one input in as few launches as the number of tokens allows, at inference.
+
+    `group(x)` is (..., sum of the D_OUT), the projections side by side; with `activation="silu_mul"`, which takes two
+    projections of one D_OUT, it is `silu(y_0) * y_1` (..., D_OUT). The intermediate `down x` is rounded to the dtype of
+    x, everything else is summed in float32.
+
+    On a GPU up to 8 tokens take one launch that splits the rank over the SMs and adds in no fixed order; up to 64 (and
+    fewer under `torch.use_deterministic_algorithms(True)`) take one persistent launch, more take matrix products. Calls
+    can be captured in a CUDA graph and traced by `torch.compile`. The module owns a workspace: calls on the same module
+    must follow one another on one stream. Its buffers are laid out for the kernels (`layout.py`), are no part of a
+    state dict, and have no gradient.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    table: Tensor
+    workspace: Tensor
+
+    def __init__(self, projections: Sequence[Factors], *, activation: str | None = None) -> None:
+        """Copies the factors, which must agree in dtype, device and D_IN.
+
+        Raises:
+            TypeError: factors of different dtypes, or of one that is not floating-point.
+            ValueError: shapes that do not fit, a rank of zero, pivots that are not R distinct outputs, different
+                devices, an unknown activation or projections that it cannot take, 2^31 elements of up or more.
+        """
+        super().__init__()
+        projections = [Factors(*projection) for projection in projections]
+        _check(projections, activation)
+        first = projections[0].down
+        self.d_in, self.activation = first.shape[1], activation
+        self.layout, self.sizes, tensors = _lay_out(projections, activation == "silu_mul")
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lowrank_group(
+            x, self.down, self.up, self.bias, self.table, self.workspace, self.sizes, self.layout.silu_mul
+        )
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)
+        widths = ", ".join(str(p.d_out) for p in self.layout.projections)
+        return f"d_in={self.d_in}, d_out=({widths}), ranks=({ranks}), activation={self.activation}"
+
+
+def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, list[int], dict[str, Tensor | None]]:
+    """The sizes of a group and its tensors, as `layout.py` describes them."""
+    from gfwsvd_kernels import tiles
+
+    device, dtype = projections[0].down.device, projections[0].down.dtype
+    blocks = [layout.columns(p.d_out, None if p.pivots is None else p.pivots.cpu()) for p in projections]
+    costs = [
+        (p.down.shape[0], p.down.shape[1] + bounds[-1]) for p, (bounds, _) in zip(projections, blocks, strict=True)
+    ]
+    chunks = layout.rank_chunks(costs, tiles.target(device).num_sms)
+    sizes = Layout(
+        tuple(
+            Projection(p.down.shape[0], p.d_out, bounds[-1], int(p.pivots is not None), chunk)
+            for p, (bounds, _), chunk in zip(projections, blocks, chunks, strict=True)
+        ),
+        silu_mul,
+    )
+    if sizes.up_numel >= 2**31:
+        raise ValueError(
+            f"the up factors of a group must have fewer than 2^31 elements, got {sizes.up_numel}: split it"
+        )
+    up = torch.zeros(sizes.up_numel, dtype=dtype, device=device)
+    for p, record, (_, source) in zip(projections, sizes.records(), blocks, strict=True):
+        start, rank, pitch = record["up_start"], record["rank"], record["pitch"]
+        up[start : start + rank * pitch].view(rank, pitch)[:, source[source >= 0].to(device)] = p.up.detach().mT
+    bias = None
+    if any(p.bias is not None for p in projections):
+        bias = torch.cat([up.new_zeros(p.d_out) if p.bias is None else p.bias.detach() for p in projections])
+    numbers = [number for record in sizes.records() for number in record.values()]
+    numbers += [bound for bounds, _ in blocks for bound in bounds]
+    sources = [source for _, source in blocks] if sizes.pivoted else []
+    tensors = {
+        "down": torch.cat([p.down.detach() for p in projections]),
+        "up": up,
+        "bias": bias,
+        "table": torch.cat([torch.tensor(numbers, dtype=torch.int32), *sources]).to(device),
+        "workspace": torch.zeros(sizes.workspace_numel, dtype=torch.int32, device=device),
+    }
+    return sizes, sizes.sizes, tensors
+
+
+def _check(projections: Sequence[Factors], activation: str | None) -> None:
+    if not projections:
+        raise ValueError("a group needs at least one projection, got none")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    first = projections[0].down
+    if not first.dtype.is_floating_point:
+        raise TypeError(f"down must be floating-point, got {first.dtype}")
+    for i, p in enumerate(projections):
+        shapes = {name: None if part is None else tuple(part.shape) for name, part in p._asdict().items()}
+        if p.down.ndim != 2 or p.up.ndim != 2 or p.down.shape[0] != p.up.shape[1] or p.down.shape[0] < 1:
+            raise ValueError(f"projection {i} must have down (R, D_IN) and up (D_OUT, R) with R >= 1, got {shapes}")
+        if p.down.shape[1] != first.shape[1]:
+            raise ValueError(f"projection {i} must read the {first.shape[1]} inputs of the first, got {shapes}")
+        if p.bias is not None and p.bias.shape != (p.d_out,):
+            raise ValueError(f"the bias of projection {i} must be ({p.d_out},), got {shapes}")
+        for name, part in (("down", p.down), ("up", p.up), ("bias", p.bias)):
+            if part is not None and part.dtype != first.dtype:
+                raise TypeError(f"{name} of projection {i} must be {first.dtype} as the first, got {part.dtype}")
+            if part is not None and part.device != first.device:
+                raise ValueError(f"{name} of projection {i} must be on {first.device}, got {part.device}")
+        if p.pivots is not None:
+            distinct = p.pivots.unique()
+            if p.pivots.dtype != torch.int64 or p.pivots.shape != p.down.shape[:1] or distinct.shape != p.pivots.shape:
+                raise ValueError(f"the pivots of projection {i} must be {p.down.shape[0]} distinct int64, got {shapes}")
+            if distinct[0] < 0 or distinct[-1] >= p.d_out:
+                found = f"{distinct[0]} to {distinct[-1]}"
+                raise ValueError(f"the pivots of projection {i} must be outputs 0 to {p.d_out - 1}, got {found}")
+    if activation == "silu_mul" and [p.d_out for p in projections] != [projections[0].d_out] * 2:
+        found = [p.d_out for p in projections]
+        raise ValueError(f"silu_mul needs two projections with the same number of outputs, got {found}")

@@ -1,0 +1,74 @@
+"""Groups of projections, and what they compute in float64."""
+
+import torch
+from kernel_cases import DEVICE
+from torch import Tensor
+
+from gfwsvd_kernels import Factors
+
+# name -> (D_IN, (rank, D_OUT, pivoted, with bias) of each projection, activation)
+GROUPS: dict[str, tuple[int, list[tuple[int, int, bool, bool]], str | None]] = {
+    "one": (40, [(5, 33, False, False)], None),
+    "one_with_bias": (40, [(16, 64, False, True)], None),
+    "rank_one": (9, [(1, 1, False, True)], None),
+    "several_blocks": (70, [(37, 1100, False, True)], None),
+    "qkv": (64, [(24, 96, False, True), (7, 32, False, False), (9, 32, False, True)], None),
+    "gate_up": (48, [(19, 600, False, False), (30, 600, False, True)], "silu_mul"),
+    "pivoted": (40, [(21, 90, True, True)], None),
+    "pivoted_all": (40, [(12, 12, True, False)], None),
+    "pivoted_several_blocks": (33, [(30, 1100, True, False)], None),
+    "pivoted_qkv": (64, [(24, 96, True, True), (7, 32, True, False), (9, 32, False, True)], None),
+    "pivoted_gate_up": (48, [(19, 600, True, True), (30, 600, True, False)], "silu_mul"),
+}
+
+
+def group_of(name: str, dtype: torch.dtype, device: str = DEVICE) -> tuple[list[Factors], str | None]:
+    """The factors of a case, of outputs of order one, and its activation."""
+    d_in, projections, activation = GROUPS[name]
+    return [factors(d_in, *projection, dtype=dtype, device=device) for projection in projections], activation
+
+
+def factors(
+    d_in: int, rank: int, d_out: int, pivoted: bool, with_bias: bool, *, dtype: torch.dtype, device: str = DEVICE
+) -> Factors:
+    pivots = torch.randperm(d_out)[:rank].to(device) if pivoted else None
+    down = torch.randn(rank, d_in) / d_in**0.5
+    up = torch.randn(d_out - rank if pivoted else d_out, rank) / rank**0.5
+    bias = torch.randn(d_out).to(device, dtype) if with_bias else None
+    return Factors(down.to(device, dtype), up.to(device, dtype), bias, pivots)
+
+
+def dense(projection: Factors, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The weight (D_OUT, D_IN) and bias that a projection stands for."""
+    down, up = projection.down.to(dtype), projection.up.to(dtype)
+    weight = up @ down
+    if projection.pivots is not None:
+        rest = torch.ones(projection.d_out, dtype=torch.bool, device=down.device)
+        rest[projection.pivots] = False
+        whole = down.new_empty(projection.d_out, down.shape[1])
+        whole[projection.pivots], whole[rest] = down, weight
+        weight = whole
+    bias = projection.bias.to(dtype) if projection.bias is not None else weight.new_zeros(len(weight))
+    return weight, bias
+
+
+def oracle(x: Tensor, projections: list[Factors], activation: str | None) -> Tensor:
+    """In float64, from the definition."""
+    parts = [torch.nn.functional.linear(x.double(), *dense(projection)) for projection in projections]
+    return torch.nn.functional.silu(parts[0]) * parts[1] if activation == "silu_mul" else torch.cat(parts, -1)
+
+
+def by_torch(x: Tensor, projections: list[Factors], activation: str | None) -> Tensor:
+    """As a model would compute it in the dtype of x: two products a projection, the intermediate rounded."""
+    parts = []
+    for down, up, bias, pivots in projections:
+        z = x @ down.mT
+        y = z @ up.mT
+        if pivots is not None:
+            rest = torch.ones(len(pivots) + len(up), dtype=torch.bool, device=x.device)
+            rest[pivots] = False
+            whole = x.new_empty(*x.shape[:-1], len(rest))
+            whole[..., pivots], whole[..., rest] = z, y
+            y = whole
+        parts.append(y if bias is None else y + bias)
+    return torch.nn.functional.silu(parts[0]) * parts[1] if activation == "silu_mul" else torch.cat(parts, -1)
