@@ -11,8 +11,8 @@ rank of projection i, z = x downᵀ (T, sum R_i) serves all of them, and y_i = z
 * `table`, int32: a record of `FIELDS` for each projection; then for each the PITCH_i columns at which its blocks start,
   and their end (`bounds`); then, in a group with a pivoted projection, for each output the column of up_i it has, or
   -1 - k where it is the k-th entry of z_i (`source`).
-* `workspace`, int32: sums in float32 (`ACC_TOKENS` rows, the columns of all up_i) and counters, both zero between calls,
-  and room for z.
+* `workspace`, int32: sums in float32 (`acc_tokens` rows, the columns of all up_i) and counters, both zero between
+  calls, and room for z.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ FEW_TOKENS = 8  # up to here the rank is split over programs that add to y
 SOME_TOKENS = 64  # up to here one persistent launch computes z, waits, and computes y
 MAX_CHUNK = 64  # ranks of one program where the rank is split
 BARRIER = 2  # counters of the barrier among the programs of a persistent launch, behind those of the blocks
+TICKETS = 2  # counters of the programs that have arrived, and of those that have finished, where the rank is split
 
 FIELDS = (
     "z_start",  # first column of z_i in z
@@ -142,7 +143,7 @@ class Layout:
     @property
     def z_start(self) -> int:
         """Where z begins in the workspace, at a multiple of 16 bytes; in the dtype of x, 4 bytes an element at most."""
-        return -(-(self.sync_start + self.num_blocks + BARRIER) // 4) * 4
+        return -(-(self.sync_start + self.num_blocks + BARRIER + TICKETS) // 4) * 4
 
 
 def columns(d_out: int, pivots: Tensor | None) -> tuple[list[int], Tensor]:

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gfwsvd_kernels import gram, lowrank, quadform, sequence, tiles
+from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, lowrank, quadform, sequence, tiles
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 _empty = partial(torch.empty, device="meta")
@@ -117,6 +117,7 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
             _launch_other_flags(dtype, 4096, target)
         _launch_all(torch.float16, 4096, target)
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
+        _launch_groups(target)
         if arch == tiles.H200.arch:
             _launch_ones(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
@@ -140,6 +141,43 @@ def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) ->
         gram.gram_accumulate(A, x, target=target, splits=splits)
         gram.gram_accumulate(A, x, other=x.float(), target=target, splits=splits)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
+
+
+def _launch_groups(target: tiles.Target) -> None:
+    """Groups of projections: one, three with biases, gate and up; as they are and pivoted; slices of any rank."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    _launch_group(bf16, 4096, 1, target)
+    _launch_group(bf16, 4096, 3, target, with_bias=True)
+    _launch_group(bf16, 4096, 3, target, with_bias=True, pivoted=True)
+    _launch_group(bf16, 4096, 2, target)
+    for dtype, width, rank in ((bf16, 4096, 1632), (bf16, 4096, 3264), (fp16, 4096, 6528), (fp32, 4096, 1632)):
+        _launch_group(dtype, width, 2, target, rank=rank, pivoted=True)
+    _launch_group(fp32, 4095, 2, target, with_bias=True, pivoted=True)
+
+
+def _launch_group(
+    dtype: torch.dtype,
+    width: int,
+    count: int,
+    target: tiles.Target,
+    *,
+    rank: int = 1632,
+    with_bias: bool = False,
+    pivoted: bool = False,
+) -> None:
+    """One projection, three, or two that make up one output, `width` to `width`."""
+    rank //= count
+    projection = Factors(
+        _empty(rank, width, dtype=dtype),
+        _empty(width - rank if pivoted else width, rank, dtype=dtype),
+        _empty(width, dtype=dtype) if with_bias else None,
+        torch.arange(rank) if pivoted else None,
+    )
+    group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
+    for num_tokens in (layout.FEW_TOKENS, 16, layout.SOME_TOKENS, 1000):
+        x = _empty(num_tokens, width, dtype=dtype)
+        buffers = (group.down, group.up, group.bias, group.table, group.workspace)
+        decode.lowrank_group(x, *buffers, group.sizes, group.layout.silu_mul, target=target)
 
 
 def _launch_ones(target: tiles.Target) -> None:

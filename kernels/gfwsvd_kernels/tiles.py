@@ -71,6 +71,16 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
         90: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 64, 4, 4)},
         100: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 64, 4, 4)},
     },
+    "split_rank": {  # rows: tokens; cols: of up; depth: of x and down; both for slices of 16 ranks
+        80: {2: Tile(16, 512, 256, 4, 4), 4: Tile(16, 256, 64, 4, 3)},
+        90: {2: Tile(16, 512, 256, 4, 6), 4: Tile(16, 256, 64, 4, 4)},
+        100: {2: Tile(16, 512, 256, 4, 6), 4: Tile(16, 256, 64, 4, 4)},
+    },
+    "persistent": {  # rows: tokens, at least; cols: of up; depth: of x and down, and of z and up
+        80: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
+        90: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
+        100: {2: Tile(16, 32, 64, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
+    },
 }
 
 # Rows that are not contiguous, or start at no multiple of 16 elements, need an address for each element, hence more
@@ -82,6 +92,8 @@ UNALIGNED: dict[str, Tile] = {
     "apply": Tile(64, 64, 32, 8, 2),
     "linear": Tile(64, 64, 32, 8, 2),
     "linear_few": Tile(16, 32, 64, 4, 2),
+    "split_rank": Tile(16, 128, 64, 4, 2),
+    "persistent": Tile(16, 32, 32, 4, 2),
 }
 
 
