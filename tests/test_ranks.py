@@ -270,10 +270,10 @@ def test_a_pivoted_layer_has_more_ranks_in_the_same_size():
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_pivoted_allocation_loses_less_within_the_same_budget(ranks, keep):
-    model = {"q": _layer(128, 128, decay=0.5), "up": _layer(384, 128, decay=0.3), "down": _layer(128, 384, decay=0.4)}
+    model = {"q": _layer(256, 256, decay=0.5), "up": _layer(768, 256, decay=0.3), "down": _layer(256, 768, decay=0.4)}
     chosen, pivoted = (allocate(layers, keep=keep, ranks=ranks) for layers in (model, _pivoted(model)))
     assert _stored(_pivoted(model), pivoted) <= keep * _dense(model)
-    assert _loss(model, pivoted) < 0.97 * _loss(model, chosen)
+    assert _loss(model, pivoted) < 0.98 * _loss(model, chosen)
 
 
 @given(st.floats(0.01, 0.99))
