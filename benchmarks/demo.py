@@ -18,11 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gfwsvd
-from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
+from benchmarks.smollm2 import packaged_smollm2
 from gfwsvd.compress import CompressionReport
 from gfwsvd.evaluate import generate_sample
 from gfwsvd.folders import check_output_folder
 from gfwsvd.progress import bar
+from gfwsvd.sweep import Run, comparison, compressed_rows, dense_row
 from gfwsvd.texts import text_name
 
 PROMPT = "Why is the sky blue?"

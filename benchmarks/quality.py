@@ -16,10 +16,11 @@ from rich.console import Console
 
 import gfwsvd
 from benchmarks import record
-from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
+from benchmarks.smollm2 import packaged_smollm2
 from gfwsvd.calibration import data_sha256
 from gfwsvd.progress import bar
 from gfwsvd.ranks import RANKS, STORAGE
+from gfwsvd.sweep import all_runs, comparison, compressed_rows, dense_row
 
 
 def main() -> None:
@@ -76,12 +77,9 @@ def main() -> None:
     if not any(row["method"] == "dense" for row in rows):
         record.append(arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **made})
     runs = [
-        Run(*run)
-        for keep in arguments.keep
-        for ranks in arguments.ranks
-        for method in arguments.methods
-        for storage in arguments.storage
-        if (run := (method, ranks, keep, storage)) not in done
+        run
+        for run in all_runs(arguments.methods, arguments.ranks, arguments.keep, arguments.storage)
+        if (run.method, run.ranks, run.keep, run.storage) not in done
     ]
     for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype):
         record.append(arguments.results, {**row, **about, **made})

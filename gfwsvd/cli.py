@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +15,47 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, sources
-from .calibration import CLIP, calibrate, check_settings
+from .calibration import CLIP, calibrate, check_settings, data_sha256
 from .checkpoint import inspect as inspect_checkpoint
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .folders import check_output_file, check_output_folder
 from .methods import METHODS, method_named
+from .options import (
+    ALL_METHODS,
+    DTYPES,
+    FRONTIER,
+    GLOBAL,
+    PIVOTED,
+    TEXT_HELP,
+    BatchSize,
+    Clip,
+    Device,
+    Dtype,
+    Exclude,
+    Json,
+    Keeps,
+    Labels,
+    Limit,
+    Methods,
+    Model,
+    Overwrite,
+    RankWays,
+    Seed,
+    SeqLen,
+    Sequences,
+    Storages,
+    Sweeps,
+    Text,
+    Unit,
+    Window,
+    one_of,
+)
 from .progress import bar
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
-from .statistics import LABELS, UNITS
 from .store import JSON_NAME, load_statistics, save_statistics
+from .sweep import all_runs, comparison, sweep
 from .texts import text_name
 
 app = typer.Typer(
@@ -36,42 +66,6 @@ app = typer.Typer(
     help="Compress language models by generalized Fisher-weighted SVD: low-rank layers that cost the loss least.",
     epilog="A first try: gfwsvd compress MODEL --text TEXT --keep 0.8 --out DIR; then: gfwsvd eval DIR --text OTHER",
 )
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return f"<{'|'.join(names)}>"
-
-
-_TEXT_HELP = (
-    "a .txt, .raw, .jsonl or .parquet file (FILE:FIELD names the field), a dataset on the hub as "
-    "OWNER/NAME[:CONFIG[:SPLIT]], or 'pydoc:calibration' / 'pydoc:heldout', text that comes with Python"
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="a hub name, a transformers folder, or a .gguf file")]
-Text = Annotated[str, typer.Option("--text", metavar="TEXT", help=_TEXT_HELP)]
-Sequences = Annotated[int, typer.Option("--sequences", min=1, help="calibration sequences")]
-SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a calibration sequence")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="sequences in a batch: memory against speed")]
-Unit = Annotated[str, typer.Option("--unit", metavar=_one_of(UNITS), help="what one gradient sample of the Fisher is")]
-Labels = Annotated[
-    str,
-    typer.Option("--labels", metavar=_one_of(LABELS), help="the text's own next tokens, or drawn from the model"),
-]
-Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the text that refine the Kronecker factors")]
-Clip = Annotated[
-    float, typer.Option("--clip", min=0, help="most that one token's gradient counts, in medians; 0 for no limit")
-]
-Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
-Exclude = Annotated[
-    list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar=_one_of(DTYPES), help="of the weights; default: the model's own"),
-]
-Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
 
 
 def _mendable(command: Callable[..., None]) -> Callable[..., None]:
@@ -141,22 +135,20 @@ def compress_command(
     context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the compressed model")],
-    method: Annotated[
-        str, typer.Option("--method", metavar=_one_of(METHODS), help="how errors are weighed")
-    ] = "gfwsvd",
+    method: Annotated[str, typer.Option("--method", metavar=one_of(METHODS), help="how errors are weighed")] = "gfwsvd",
     keep: Annotated[
         float, typer.Option("--keep", help="stored over dense parameters of the linear layers, (0, 1]")
     ] = 0.8,
     ranks: Annotated[
         str,
-        typer.Option("--ranks", metavar=_one_of(RANKS), help="one share for every layer, or by predicted loss"),
+        typer.Option("--ranks", metavar=one_of(RANKS), help="one share for every layer, or by predicted loss"),
     ] = "global",
     rank_multiple: Annotated[
         int, typer.Option("--rank-multiple", min=1, help="ranks are multiples of it")
     ] = RANK_MULTIPLE,
     storage: Annotated[
         str,
-        typer.Option("--storage", metavar=_one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
+        typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
     ] = "pivoted",
     damping: Annotated[
         float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
@@ -164,7 +156,7 @@ def compress_command(
     stats: Annotated[
         Path | None, typer.Option("--stats", metavar="DIR", help="statistics of an earlier gfwsvd calibrate")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help=f"calibrate now, on {_TEXT_HELP}")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help=f"calibrate now, on {TEXT_HELP}")] = None,
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
@@ -242,8 +234,8 @@ def compress_command(
 def eval_command(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="a model, or what gfwsvd compress wrote")],
     text: Text,
-    window: Annotated[int, typer.Option("--window", min=2, help="tokens of a window; windows do not overlap")] = 1024,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="most windows to take; default: all")] = None,
+    window: Window = 1024,
+    limit: Limit = None,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="the dense model, for KL and top-1 agreement")
     ] = None,
@@ -257,6 +249,54 @@ def eval_command(
     tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
     dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
     _print(evaluate(loaded, tokens, reference=dense, track=bar).to_json(), json_output)
+
+
+@app.command("sweep")
+@_mendable
+def sweep_command(
+    model: Model,
+    stats: Annotated[Path, typer.Option("--stats", metavar="DIR", help="statistics of gfwsvd calibrate")],
+    text: Annotated[str, typer.Option("--text", metavar="TEXT", help=f"evaluation text: {TEXT_HELP}")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="rows.jsonl and report.html; goes on where it was")],
+    method: Methods = ALL_METHODS,
+    keep: Keeps = FRONTIER,
+    ranks: RankWays = GLOBAL,
+    storage: Storages = PIVOTED,
+    window: Window = 1024,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Compare methods and ratios on one text: perplexity and distance from the dense model, in a table and a picture.
+
+    Every row is written as soon as it is known. The same command again computes only what is missing.
+    """
+    statistics, provenance = load_statistics(stats)
+    runs = all_runs(method, ranks, keep, storage)
+    _check_dtype(dtype)
+    check_output_file(out / "report.html")
+    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+    tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
+    about = {
+        "model": name,
+        "model_sha256": statistics.model_sha256,
+        "calibration": {**provenance, **statistics.settings, "data_sha256": statistics.data_sha256},
+        "evaluation": text_name(text),
+        "evaluation_sha256": data_sha256([{"input_ids": tokens}]),
+        "windows": list(tokens.shape),
+        "dtype": dtype,
+        "gfwsvd": __version__,
+    }
+    rows = sweep(loaded, statistics, runs, tokens, rows_file=out / "rows.jsonl", about=about, track=bar)
+    from .report import write_report
+
+    write_report(out / "report.html", title=f"{name}: quality against size", reports=[], evaluations=rows)
+    if json_output:
+        _print({"out": str(out), "rows": rows}, json_output)
+    else:
+        Console().print(comparison(rows))
+        _print({"rows": str(out / "rows.jsonl"), "report": str(out / "report.html")}, json_output)
 
 
 @app.command("inspect")

@@ -25,7 +25,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of a predicted token.
+        perplexity: exp of the mean negative log-likelihood of a predicted token, or of 700 if that is less.
         kl: mean over predicted tokens of KL(reference || model), in nats; None without a reference.
         top1: share of predicted tokens whose likeliest value is the reference's; None without a reference.
         tokens: how many were predicted.
@@ -84,7 +84,7 @@ def evaluate(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     loss, kl, top1 = (sums / tokens).tolist()
     return Evaluation(
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=math.exp(min(loss, 700)),
         kl=None if reference is None else kl,
         top1=None if reference is None else top1,
         tokens=tokens,

@@ -212,3 +212,21 @@ def test_ctrl_c_in_calibration_leaves_nothing(workspace, tmp_path):
     assert process.returncode == 130, rest
     assert "interrupted; nothing half-written is left" in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_writes_rows_and_a_picture_and_goes_on_where_it_was(workspace, tmp_path):
+    arguments = ("sweep", workspace / "model", "--stats", workspace / "stats", "--text", workspace / "text.txt")
+    arguments += ("--window", "64", "--limit", "3", "--out", tmp_path / "out", "--method", "gfwsvd", "--method", "svd")
+    found = run_json(*arguments, "--keep", "0.8")
+    assert [row["name"] for row in found["rows"]] == ["dense", "gfwsvd, global ranks", "svd, global ranks"]
+    assert found["rows"][1]["about"]["calibration"]["text"] == "text.txt"
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    more = run_json(*arguments, "--keep", "0.8", "--keep", "0.5")
+    assert more["rows"][:3] == found["rows"] and [row["keep"] for row in more["rows"]] == [1, 0.8, 0.8, 0.5, 0.5]
+    assert "perplexity" in run(*arguments, "--keep", "0.8").stdout
+
+
+def test_a_sweep_refuses_what_it_could_not_compress_before_it_loads_the_model(workspace, tmp_path):
+    arguments = ("sweep", tmp_path / "no model", "--stats", workspace / "stats", "--text", workspace / "text.txt")
+    result = run(*arguments, "--out", tmp_path / "out", "--keep", "8", status=1)
+    assert "keep must be" in result.stderr and not (tmp_path / "out").exists()

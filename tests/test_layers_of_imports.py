@@ -38,6 +38,8 @@ LAYERS = {
     "gfwsvd.evaluate": 5,
     "gfwsvd.figures": 5,
     "gfwsvd.report": 5,
+    "gfwsvd.options": 5,
+    "gfwsvd.sweep": 5,
     "gfwsvd.cli": 5,
     "gfwsvd.__main__": 5,
     "gfwsvd": 5,

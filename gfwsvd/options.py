@@ -1,0 +1,56 @@
+"""Options that several commands share, each stated once."""
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from .methods import METHODS
+from .ranks import RANKS, STORAGE
+from .statistics import LABELS, UNITS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def one_of(names: Iterable[str]) -> str:
+    return f"<{'|'.join(names)}>"
+
+
+TEXT_HELP = (
+    "a .txt, .raw, .jsonl or .parquet file (FILE:FIELD names the field), a dataset on the hub as "
+    "OWNER/NAME[:CONFIG[:SPLIT]], or 'pydoc:calibration' / 'pydoc:heldout', text that comes with Python"
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a hub name, a transformers folder, or a .gguf file")]
+Text = Annotated[str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, help="calibration sequences")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a calibration sequence")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="sequences in a batch: memory against speed")]
+Unit = Annotated[str, typer.Option("--unit", metavar=one_of(UNITS), help="what one gradient sample of the Fisher is")]
+Labels = Annotated[
+    str,
+    typer.Option("--labels", metavar=one_of(LABELS), help="the text's own next tokens, or drawn from the model"),
+]
+Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the text that refine the Kronecker factors")]
+Clip = Annotated[
+    float, typer.Option("--clip", min=0, help="most that one token's gradient counts, in medians; 0 for no limit")
+]
+Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
+Exclude = Annotated[
+    list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
+]
+Window = Annotated[int, typer.Option("--window", min=2, help="tokens of a window; windows do not overlap")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="most windows to take; default: all")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar=one_of(DTYPES), help="of the weights; default: the model's own"),
+]
+Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
+
+# Of a sweep, each of which may be given several times
+Methods = Annotated[list[str], typer.Option("--method", metavar=one_of(METHODS), help="may be repeated; default: all")]
+Keeps = Annotated[list[float], typer.Option("--keep", help="share to store; may be repeated")]
+RankWays = Annotated[list[str], typer.Option("--ranks", metavar=one_of(RANKS), help="may be repeated")]
+Storages = Annotated[list[str], typer.Option("--storage", metavar=one_of(STORAGE), help="may be repeated")]
+ALL_METHODS, FRONTIER, GLOBAL, PIVOTED = list(METHODS), [0.9, 0.8, 0.7, 0.6, 0.5], ["global"], ["pivoted"]

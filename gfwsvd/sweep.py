@@ -1,0 +1,180 @@
+"""The size-quality frontier: several methods, allocations and ratios from one collection of statistics."""
+
+import copy
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from .calibration import Statistics, Track, silent
+from .compress import CompressionReport, compress
+from .errors import GfwsvdError
+from .evaluate import evaluate
+from .logits import ReferenceLogits
+from .methods import method_named
+from .ranks import check_keep, check_ranks, check_storage
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to compress: a method, a way to allocate ranks, a ratio, and how low-rank layers are stored."""
+
+    method: str
+    ranks: str
+    keep: float
+    storage: str = "pivoted"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.ranks} ranks{', two factors' if self.storage == 'factors' else ''}"
+
+
+def all_runs(
+    methods: Iterable[str], ranks: Iterable[str], keeps: Iterable[float], storage: Iterable[str] = ("pivoted",)
+) -> list[Run]:
+    """Every combination, ratio by ratio; GfwsvdError for one that `compress` would not take."""
+    combinations = itertools.product(keeps, ranks, methods, storage)
+    runs = [Run(method, way, keep, form) for keep, way, method, form in combinations]
+    for run in runs:
+        method_named(run.method)
+        check_keep(run.keep)
+        check_ranks(run.ranks, 1)
+        check_storage(run.storage)
+    return runs
+
+
+def dense_row(
+    model: nn.Module, windows: Tensor, *, track: Track = silent, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The row of the uncompressed model, which all others are compared with."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = evaluate(copy.deepcopy(model).to(dtype), windows, track=track).to_json()
+    return {"name": "dense", "method": "dense", "keep": 1.0, "kept": 1.0, "model_stored": parameters, **found}
+
+
+def compressed_rows(
+    model: nn.Module,
+    statistics: Statistics,
+    runs: Iterable[Run],
+    windows: Tensor,
+    *,
+    track: Track = silent,
+    dtype: torch.dtype | None = None,
+    keep_model: Callable[[Run, nn.Module, CompressionReport], nn.Module] | None = None,
+) -> Iterator[tuple[dict[str, Any], CompressionReport]]:
+    """Compresses a copy of `model` for each run and evaluates it; yields its row and its report as they come.
+
+    Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
+
+    Args:
+        dtype: of the models when they are evaluated, the dense one too; default: the model's own.
+        keep_model: called with each compressed model; what it returns is evaluated in its place.
+    """
+    reference = None
+    for run in runs:
+        reference = reference or ReferenceLogits(copy.deepcopy(model).to(dtype), windows, track=track)
+        compressed = copy.deepcopy(model)
+        began = time.perf_counter()
+        report = compress(compressed, **asdict(run), rank_multiple=1, statistics=statistics, track=track)
+        compress_seconds = time.perf_counter() - began
+        if keep_model is not None:
+            compressed = keep_model(run, compressed, report)
+        found = evaluate(compressed.to(dtype), windows, reference=reference, track=track).to_json()
+        row = {
+            "name": run.name,
+            **asdict(run),
+            "kept": report.kept,
+            "stored": report.stored,
+            "model_stored": report.model_stored,
+            "predicted_loss": sum(layer.predicted_loss for layer in report.layers) if report.predicts_loss else None,
+            "compress_seconds": compress_seconds,
+            **found,
+        }
+        yield row, report
+
+
+def sweep(
+    model: nn.Module,
+    statistics: Statistics,
+    runs: Sequence[Run],
+    windows: Tensor,
+    *,
+    rows_file: Path,
+    about: Mapping[str, Any],
+    track: Track = silent,
+    dtype: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of the dense model and of all runs, each added to `rows_file` (JSON lines) once it is known.
+
+    Rows that are there already, of the same `about` (what else the figures depend on), are not computed again, so that
+    an interrupted sweep goes on where it was.
+    """
+    about = json.loads(json.dumps(dict(about)))  # as it will be read back
+    found = {_run_of(row): row for row in read_rows(rows_file) if row.get("about") == about}
+    if None not in found:
+        found[None] = _append(rows_file, {**dense_row(model, windows, track=track, dtype=dtype), "about": about})
+    missing = [run for run in runs if run not in found]
+    for row, _ in compressed_rows(model, statistics, missing, windows, track=track, dtype=dtype):
+        found[_run_of(row)] = _append(rows_file, {**row, "about": about})
+    return [found[run] for run in (None, *runs)]
+
+
+def read_rows(rows_file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none where there is no file yet; a last line that was cut short does not count."""
+    if not rows_file.exists():
+        return []
+    lines = rows_file.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise GfwsvdError(f"{rows_file} holds a line that is not JSON ({error}); name another folder") from error
+
+
+def _run_of(row: Mapping[str, Any]) -> Run | None:
+    """The run that a row is of; None for the dense model."""
+    if row["method"] == "dense":
+        return None
+    return Run(row["method"], row["ranks"], row["keep"], row["storage"])
+
+
+def _append(rows_file: Path, row: dict[str, Any]) -> dict[str, Any]:
+    rows_file.parent.mkdir(parents=True, exist_ok=True)
+    whole = rows_file.read_bytes() if rows_file.exists() else b""
+    with rows_file.open("r+b" if rows_file.exists() else "wb") as file:
+        file.truncate(whole.rfind(b"\n") + 1)  # what was cut short
+        file.seek(0, os.SEEK_END)
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return row
+
+
+def comparison(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """The rows as a table for people."""
+    table = Table(
+        caption="KL: to the dense model, nats a token; top-1: same likeliest token as dense; kept: weights of linear "
+        "layers; size: all parameters; s: to compress, calibration aside.",
+        caption_justify="left",
+    )
+    for heading in ("model", "perplexity", "KL", "top-1", "kept", "size", "s"):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        dense = row["method"] == "dense"
+        table.add_row(
+            row["name"].removesuffix(" ranks"),
+            f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.0e}",
+            "" if dense else f"{row['kl']:.3f}",
+            "" if dense else f"{row['top1']:.1%}",
+            f"{row['kept']:.1%}",
+            f"{row['model_stored'] / 1e6:.1f} M",
+            "" if dense else f"{row['compress_seconds']:.0f}",
+        )
+    return table
