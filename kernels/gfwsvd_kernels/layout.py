@@ -29,8 +29,7 @@ ALIGN = 8  # elements: 16 bytes of a half-precision type
 FEW_TOKENS = 8  # up to here the rank is split over programs that add to y
 SOME_TOKENS = 64  # up to here one persistent launch computes z, waits, and computes y
 MAX_CHUNK = 64  # ranks of one program where the rank is split
-BARRIER = 2  # counters of the barrier among the programs of a persistent launch, behind those of the blocks
-TICKETS = 2  # counters of the programs that have arrived, and of those that have finished, where the rank is split
+BARRIERS = 2 * 2  # counters, behind those of the blocks: of arrivals and departures at two points of a launch
 
 FIELDS = (
     "z_start",  # first column of z_i in z
@@ -143,7 +142,7 @@ class Layout:
     @property
     def z_start(self) -> int:
         """Where z begins in the workspace, at a multiple of 16 bytes; in the dtype of x, 4 bytes an element at most."""
-        return -(-(self.sync_start + self.num_blocks + BARRIER + TICKETS) // 4) * 4
+        return -(-(self.sync_start + self.num_blocks + BARRIERS) // 4) * 4
 
 
 def columns(d_out: int, pivots: Tensor | None) -> tuple[list[int], Tensor]:

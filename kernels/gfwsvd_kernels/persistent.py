@@ -32,16 +32,15 @@ RANK_TILE = 16  # columns of z that a program computes at a time: the fewest tha
 
 
 @triton.jit
-def grid_barrier(barrier_ptr):
-    """Wait until all programs are here. The first number counts arrivals, the second the barriers passed."""
+def grid_barrier(counters_ptr):
+    """Wait until all programs are here. Of the two counters, of arrivals and departures, both are zero in the end."""
     tl.debug_barrier()  # what all threads of this program wrote is then released by the one that arrives
-    passed = tl.atomic_add(barrier_ptr + 1, 0, sem="relaxed")
-    if tl.atomic_add(barrier_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.atomic_xchg(barrier_ptr, 0, sem="relaxed")
-        tl.atomic_add(barrier_ptr + 1, 1, sem="release")
-    now = tl.atomic_add(barrier_ptr + 1, 0, sem="acquire")
-    while now == passed:
-        now = tl.atomic_add(barrier_ptr + 1, 0, sem="acquire")
+    arrived = tl.atomic_add(counters_ptr, 1, sem="acq_rel") + 1
+    while arrived != tl.num_programs(0):
+        arrived = tl.atomic_add(counters_ptr, 0, sem="acquire")
+    if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:  # nobody waits any more
+        tl.store(counters_ptr, 0)
+        tl.store(counters_ptr + 1, 0)
     tl.debug_barrier()
 
 
@@ -104,7 +103,7 @@ def persistent_kernel(
     table_ptr,
     sums_ptr,
     z_ptr,
-    barrier_ptr,
+    barriers_ptr,
     num_tokens,
     d_in,
     rank,
@@ -146,7 +145,7 @@ def persistent_kernel(
         z_ptrs = z_ptr + offs_t[:, None] * rank + offs_r[None, :]
         tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_r[None, :])
 
-    grid_barrier(barrier_ptr)
+    grid_barrier(barriers_ptr)
 
     PAIRED: tl.constexpr = SILU_MUL and not PIVOTED  # a unit is some columns of both projections
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
@@ -172,7 +171,7 @@ def persistent_kernel(
             y_ptrs = y_ptr + offs_t[:, None] * out_width + (start + offs_o)[None, :]
             tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_o[None, :])
     if PIVOTED:
-        grid_barrier(barrier_ptr)
+        grid_barrier(barriers_ptr + 2)
         finish_blocks(
             y_ptr, sums_ptr, z_ptr, bias_ptr, table_ptr, tl.program_id(0), tl.num_programs(0), num_blocks, num_tokens,
             sums_width, rank, out_width, NUM_PROJECTIONS, HAS_BIAS, PIVOTED, SILU_MUL,

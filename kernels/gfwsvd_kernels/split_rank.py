@@ -28,7 +28,7 @@ from gfwsvd_kernels.finish import (
     projection_of,
     workspace_parts,
 )
-from gfwsvd_kernels.layout import BARRIER, Layout
+from gfwsvd_kernels.layout import Layout
 
 
 @triton.jit
@@ -149,10 +149,11 @@ def split_rank(
     upcast = tiles.interpreted_bf16(x)
     stored = torch.float32 if upcast else x.dtype  # the interpreter truncates to bfloat16
     y = torch.empty(num_tokens, layout.out_width, dtype=stored, device=x.device)
-    tile = tile or tiles.tile("split_rank", target or tiles.target(x.device), stored, x, down)
+    target = target or tiles.target(x.device)
+    tile = tile or tiles.tile("split_rank", target, stored, x, down)
     sums, counters, z = workspace_parts(workspace, layout, stored)
-    # The interpreter runs one program to its end before the next: only the last need not wait
-    finishers = min(layout.num_blocks, layout.num_programs) if x.device.type != "cpu" else 1
+    # Fewer wait than fit on the GPU, whatever its size. In the interpreter, which runs one program after the other, none
+    finishers = min(layout.num_blocks, layout.num_programs, target.num_sms) if x.device.type != "cpu" else 1
     ranks = max(16, triton.next_power_of_2(max(p.chunk for p in layout.projections)))
     split_rank_kernel[(layout.num_programs,)](
         y,
@@ -162,7 +163,7 @@ def split_rank(
         bias,
         table,
         sums,
-        counters[layout.num_blocks + BARRIER :],
+        counters[layout.num_blocks :],
         z,
         num_tokens,
         d_in,
