@@ -1,29 +1,34 @@
 """The benchmarks of the kernels: honest counts, a gate that stops wrong results, and every provider run on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import measure, record, run, tables
+from benchmarks import measure, model, record, run, tables
 from benchmarks.gate import Gate
+from benchmarks.groups import one_way
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.model import Card, blocks_per_sm, predicted
-from benchmarks.providers import Provider, plain
+from benchmarks.model import H200, Card, blocks_per_sm, predicted
+from benchmarks.providers import Missing, Provider, plain
 from benchmarks.registry import OPS
-from benchmarks.shapes import MODELS, Case, Grid, rank
-from benchmarks.work import Work
+from benchmarks.shapes import MODELS, Case, Grid, GroupCase, pivoted_rank, rank
+from benchmarks.work import TorchWork, Work
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS_ON_GPUS = {"quack", "flash_muon"}
+ON_GPUS = {"quack", "flash_muon", "ours_cuda_decode", "ours_cuda_persistent"}
+MOST_TOKENS = {"ours_split_rank": 8, "ours_persistent": 64}
 CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
+EVERY_LAYER = MODELS["tiny"]
 QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--device", "cpu")
 
 
@@ -33,6 +38,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         patch.setattr(measure, "ceilings", lambda device, seconds: dict.fromkeys(CEILINGS, 1e3))
+        patch.setattr(measure, "number_of_sets", lambda num_bytes, least, device: 1)
         patch.setitem(MODELS, "tiny", MODELS["tiny"][-1:])  # (48, 80), which makes two widths
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for matrices this small, more only wait for each other
@@ -62,10 +68,30 @@ def test_every_provider_of_every_operator_is_right_and_timed(everything):
         for name in spec.providers:
             for dtype in ("bf16", "fp32"):
                 row = found[op, name, dtype]
-                if name in PEERS_ON_GPUS:
+                if name in ON_GPUS:
                     assert row["status"] == "missing" and ("not installed" in row["note"] or "GPU" in row["note"])
+                elif row["tokens"] > MOST_TOKENS.get(name, 20):
+                    assert (row["status"], row["note"]) == ("missing", f"takes at most {MOST_TOKENS[name]} tokens")
                 else:
                     assert row["status"] == "ok" and row["error"] < (1e-2 if dtype == "bf16" else 1e-5), row
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_every_way_through_a_group_is_right(monkeypatch, tmp_path, tokens):
+    monkeypatch.setitem(MODELS, "tiny", EVERY_LAYER)
+    options = ("--op", "lowrank_group", "lowrank_group_pivoted", "--tokens", tokens, "--gate-only")
+    status, rows = benchmark(tmp_path / "r.jsonl", *options)
+    assert status == 0 and {row["group"] for row in rows} == {"qkv", "o", "gate_up", "down"}
+    runs = {row["provider"] for row in rows if row["status"] == "correct"}
+    expected = {name for op in ("lowrank_group", "lowrank_group_pivoted") for name in OPS[op].providers} - ON_GPUS
+    assert runs == {name for name in expected if tokens <= MOST_TOKENS.get(name, tokens)}
+    assert {row["status"] for row in rows} == {"correct", "missing"}
+
+
+def test_an_implementation_that_is_not_built_says_so():
+    for module, name, reason in (("extension", "no_such", "is not there"), ("no_such", "decode", "is not there")):
+        with pytest.raises(Missing, match=reason):
+            one_way(module, name).load(torch.device("cuda"))
 
 
 def test_rates_and_ratios_follow_from_the_times(everything):
@@ -167,6 +193,27 @@ def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, ti
             8 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
         ),
         ("lowrank_linear", Case(1, 5, 3, rank=2), 2 * (2 * 3 + 5 * 2), 2 * (2 * 3 + 5 * 2 + 3 + 5)),
+        # two tokens, factors of 2 x 3 + 5 x 2 and 1 x 3 + 4 x 1 entries, outputs side by side
+        (
+            "lowrank_group",
+            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=False, silu_mul=False),
+            2 * 2 * (16 + 7),
+            2 * (16 + 7 + 2 * 3 + 2 * 9),
+        ),
+        # factors of 2 x 3 + 5 x 2 and 1 x 3 + 5 x 1 entries, one output
+        (
+            "lowrank_group",
+            GroupCase(2, "gate_up", 3, (5, 5), (2, 1), pivoted=False, silu_mul=True),
+            2 * 2 * (16 + 8),
+            2 * (16 + 8 + 2 * 3 + 2 * 5),
+        ),
+        # two of the five outputs and one of the four are entries of z: 3 x 2 and 3 x 1 entries of up are left
+        (
+            "lowrank_group_pivoted",
+            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=True, silu_mul=False),
+            2 * 2 * (2 * 3 + 3 * 2 + 1 * 3 + 3 * 1),
+            2 * (12 + 6 + 2 * 3 + 2 * 9),
+        ),
     ],
 )
 def test_work_is_what_a_hand_counts(op, case, flops, num_bytes):
@@ -186,6 +233,27 @@ def test_ranks_follow_the_uniform_rule_in_multiples_of_sixteen():
             assert found % 16 == 0 and 0 <= keep - found * (d_out + d_in) / (d_out * d_in) < 0.03
 
 
+def test_the_rank_of_a_pivoted_layer_is_the_largest_of_its_stored_size():
+    assert pivoted_rank(4096, 4096, 0.8) == 2256  # 4096 (1 - sqrt(0.2)) is 2264.2
+    for d_out, d_in in Grid(MODELS["llama-3.1-8b"], [1]).shapes():
+        for keep in (0.8, 0.7, 0.5):
+            found, budget = pivoted_rank(d_out, d_in, keep), keep * d_in * d_out
+            assert found % 16 == 0 and found > rank(d_out, d_in, keep)
+            assert found * (d_in + d_out - found) <= budget < (found + 16) * (d_in + d_out - found - 16)
+
+
+def test_groups_are_the_layers_that_read_one_input():
+    layers = [layer for model in ("llama-3.1-8b", "qwen3-8b", "mistral-7b") for layer in MODELS[model]]
+    assert Grid(layers, [1]).groups() == [
+        ("qkv", 4096, (4096, 1024, 1024)),
+        ("o", 4096, (4096,)),
+        ("gate_up", 4096, (14336, 14336)),
+        ("down", 14336, (4096,)),
+        ("gate_up", 4096, (12288, 12288)),
+        ("down", 12288, (4096,)),
+    ]
+
+
 def forgets_out(i):
     return (i["x"].mT * i.get("weight", i["x"].new_ones(1)).to(i["x"].dtype)) @ i["x"]
 
@@ -197,6 +265,10 @@ def forgets_weights(i):
 def rounds_to_half(i):
     x = i["x"].half().float()
     return i["out"].addmm_(x.mT, x)
+
+
+def forgets_the_pivots(i):
+    return OPS["lowrank_group_pivoted"].providers["two_matmuls"].load(torch.device("cpu"))(i).flip(-1)
 
 
 def leaves_a_nan(i):
@@ -212,14 +284,16 @@ def leaves_a_nan(i):
         ("gram_accumulate_weighted", "bf16", forgets_weights),
         ("gram_accumulate", "fp32", rounds_to_half),
         ("quadratic_form", "bf16", leaves_a_nan),
+        ("lowrank_group_pivoted", "bf16", forgets_the_pivots),
     ],
 )
 def test_the_gate_stops_a_wrong_result(monkeypatch, tmp_path, capsys, op, dtype, wrong):
     monkeypatch.setitem(OPS[op].providers, "ours", plain(wrong))
-    status, rows = benchmark(tmp_path / "r.jsonl", "--op", op, "--dtype", dtype, "--tokens", 64)
+    options = ("--op", op, "--dtype", dtype, "--tokens", 64, "--providers", "ours", OPS[op].base)
+    status, rows = benchmark(tmp_path / "r.jsonl", *options)
     ours = [row for row in rows if row["provider"] == "ours"]
     assert status == 1 and ours and all(row["status"] == "wrong" and "us_p50" not in row for row in ours)
-    assert all(row["status"] in ("ok", "missing") for row in rows if row["provider"] != "ours")
+    assert [row["status"] for row in rows if row["provider"] != "ours"] == ["ok"] * len(ours)
     assert "relative error" in capsys.readouterr().out
 
 
@@ -281,13 +355,38 @@ def test_cases_beyond_the_limit_are_counted_not_dropped(tmp_path, capsys):
     assert "2 cases were not begun within 0 seconds" in capsys.readouterr().out
 
 
+def test_a_slow_operator_leaves_the_others_their_share_of_the_time(monkeypatch, tmp_path):
+    now = [0.0]
+
+    def measured(op, case, *rest, **options):
+        now[0] += 3 if op == "gram_accumulate" else 1
+        return [{"op": op, "status": "missing", "provider": "ours", "shape": "", "dtype": "", "note": ""}]
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(run, "measured", measured)
+    options = ("--op", "gram_accumulate", "quadratic_form", "--tokens", *range(1, 31), "--limit", 20)
+    ops = [row["op"] for row in benchmark(tmp_path / "r.jsonl", *options)[1]]
+    # ten seconds each; what is begun within them is brought to an end
+    assert (ops.count("gram_accumulate"), ops.count("quadratic_form")) == (4, 9)
+
+
+def test_the_last_line_says_what_measured(tmp_path, capsys):
+    benchmark(tmp_path / "r.jsonl", "--op", "quadratic_form", "--tokens", 4, "--providers", "ours", "addmm")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [*found] == ["gpu", "driver", "torch", "triton", "commit", "date"] and found["torch"] == torch.__version__
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--op", "gemm"], "invalid choice: 'gemm'"),
         (["--shapes", "gpt-5"], "invalid choice: 'gpt-5'"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--op", "lowrank_linear", "--base", "naive"], "lowrank_linear has no provider naive; it has ours, dense"),
+        (
+            ["--op", "lowrank_linear", "--base", "naive"],
+            "lowrank_linear has no provider naive to compare with; it has ours, dense",
+        ),
+        (["--op", "quadratic_form", "--providers", "mm"], "quadratic_form has no provider mm; it has ours, naive"),
         (["--tokens", "0"], "must be at least 1"),
         (["--keep", "1.0"], "shares between 0 and 1"),
     ],
@@ -325,6 +424,12 @@ def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
+def test_every_headline_case_is_among_the_default_ones():
+    layers = MODELS["llama-3.1-8b"]
+    for op, spec in OPS.items():
+        assert spec.headlines and {*spec.headlines} <= {*spec.cases(Grid(layers, spec.tokens))}, op
+
+
 def test_occupancy_is_what_the_scarcest_resource_allows():
     assert blocks_per_sm(128, 0, 8) == 2  # registers: 65536 / (128 x 256)
     assert blocks_per_sm(129, 0, 8) == 1  # they come in eights
@@ -343,6 +448,32 @@ def test_a_prediction_takes_the_longest_of_its_terms():
     assert predicted(few, 1, 3, card) == ("latency", pytest.approx(5 + 1))
 
 
+def test_what_torch_launches_is_counted_from_sizes():
+    x, weight, y = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 64), (32, 64), (8, 48)))
+    with TorchWork(H200.num_sms) as by_torch:
+        torch.mm(x, weight.mT, out=y[:, :32])
+        torch.nn.functional.silu(y.view(2, 4, 48))
+    (mm, product), (silu, pointwise) = by_torch.found
+    assert (mm, product.flops, product.dram_bytes) == ("mm", 2 * 8 * 64 * 32, 2 * (8 * 64 + 32 * 64 + 8 * 32))
+    assert (silu, pointwise.flops, pointwise.dram_bytes) == ("silu", 0, 2 * 2 * 8 * 48)
+
+
+def test_break_even_is_the_largest_keep_that_is_faster(monkeypatch):
+    def predictions(op, case, dtype, compiled, provider="ours"):
+        weights = case.num_weights if provider == "ours" else 0.7 * sum(case.d_outs) * case.d_in
+        return [model.Prediction("", 0, 0, 0, 0.0, "", weights * case.tokens)]
+
+    monkeypatch.setattr(model, "predictions", predictions)
+    lines = model.break_even("lowrank_group", MODELS["llama-3.1-8b"], [1, 8], torch.bfloat16)
+    assert [line[1] for line in lines[:2]] == ["qkv 4096->4096+1024+1024", "o 4096->4096"]
+    # ranks are rounded down: a little more than 0.7 of the weights can still be below it
+    assert len(lines) == 8 and all(0.7 <= float(line[4]) <= 0.72 for line in lines)
+
+
+MODELLED = ["--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
+MODELLED_FEW = ["--op", "lowrank_group_pivoted", "--tokens", "8", "64", "--keep", "0.8"]
+
+
 @pytest.fixture(scope="module")
 def modelled(tmp_path_factory):
     """Lines of cells of the model's output, with one measured row to show."""
@@ -352,11 +483,10 @@ def modelled(tmp_path_factory):
         record.append(folder / "r.jsonl", row | {"gpu": gpu, "us_p50": us})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_CACHE_DIR": str(folder / "triton")}
-    command = [sys.executable, "-m", "benchmarks.model", "--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
-    done = subprocess.run(
-        [*command, "--results", str(folder / "r.jsonl")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    runs = [[*MODELLED, "--results", str(folder / "r.jsonl")], MODELLED_FEW]
+    command = [sys.executable, "-c", f"from benchmarks import model; print(*map(model.main, {runs}))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("0 0\n"), done.stderr
     return done.stdout.splitlines()
 
 
@@ -367,8 +497,9 @@ def test_no_prediction_is_below_the_floor(modelled):
         cells = [cell for cell in line.split("  ") if cell]
         floor, prediction = map(float, cells[11:13])
         assert prediction > floor > 0, line
-    grid = Grid(MODELS["llama-3.1-8b"], [8192], [0.8], [512])
-    assert len(lines) == sum(len(list(spec.cases(grid))) for spec in OPS.values())
+    many, few = (Grid(MODELS["llama-3.1-8b"], tokens, [0.8], [512]) for tokens in ([8192], [8, 64]))
+    expected = sum(len(list(spec.cases(many))) for spec in OPS.values())
+    assert len(lines) == expected + len(list(OPS["lowrank_group_pivoted"].cases(few)))
 
 
 def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):

@@ -1,0 +1,182 @@
+"""Groups of low-rank projections: inputs, work, float64 oracle, and who computes them.
+
+The factors are the same for everyone. Those who do not know of groups or of pivots get what they need: each projection
+by itself, the order that puts pivoted outputs in their places, one dense weight for all.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import providers as by
+from benchmarks.providers import Call, Inputs, Missing, Provider
+from benchmarks.shapes import GroupCase
+from gfwsvd_kernels import Factors, LowRankGroup
+from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+BUFFERS = ("down", "up", "bias", "table", "workspace")
+
+
+def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`factors` has (down, up) of each projection, `orders` where its outputs are in [z, y], None if y has them all."""
+    activation = "silu_mul" if case.silu_mul else None
+    projections = [
+        _factors(case.d_in, rank, d_out, case.pivoted, dtype, device)
+        for rank, d_out in zip(case.ranks, case.d_outs, strict=True)
+    ]
+    found: Inputs = {
+        "x": torch.randn(case.tokens, case.d_in, device=device, dtype=dtype),
+        "factors": [(p.down, p.up) for p in projections],
+        "orders": [_order(p, device) for p in projections],
+        "silu_mul": case.silu_mul,
+        "weight": torch.cat([_dense(p, dtype).down for p in projections]),
+    }
+    if case.pivoted:
+        found["unpivoted"] = _buffers([_dense(p, dtype, product=False) for p in projections], activation)
+    return found | _buffers(projections, activation)
+
+
+def _factors(d_in: int, rank: int, d_out: int, pivoted: bool, dtype: torch.dtype, device: torch.device) -> Factors:
+    """Random factors that make outputs of order one."""
+    down = torch.randn(rank, d_in, device=device) / d_in**0.5
+    up = torch.randn(d_out - pivoted * rank, rank, device=device) / rank**0.5
+    pivots = torch.randperm(d_out)[:rank].sort().values if pivoted else None
+    return Factors(down.to(dtype), up.to(dtype), None, pivots)
+
+
+def _order(p: Factors, device: torch.device) -> Tensor | None:
+    if p.pivots is None:
+        return None
+    is_pivot = torch.zeros(p.d_out, dtype=torch.bool)
+    is_pivot[p.pivots] = True
+    order = torch.empty(p.d_out, dtype=torch.int64)
+    order[p.pivots] = torch.arange(len(p.pivots))
+    order[~is_pivot] = torch.arange(len(p.pivots), p.d_out)
+    return order.to(device)
+
+
+def _dense(p: Factors, dtype: torch.dtype, product: bool = True) -> Factors:
+    """The same map without pivots: `down` (D_OUT, D_IN) whole if `product`, else down and an `up` (D_OUT, R)."""
+    up = p.up
+    order = _order(p, up.device)
+    if order is not None:
+        up = torch.cat((torch.eye(up.shape[1], dtype=dtype, device=up.device), up))[order]
+    return Factors(by.product(up, p.down).to(dtype), up) if product else Factors(p.down, up)
+
+
+def _buffers(projections: Sequence[Factors], activation: str | None) -> Inputs:
+    """The arguments of the operator and of its single implementations, laid out by the module."""
+    group = LowRankGroup(projections, activation=activation)
+    return {name: getattr(group, name) for name in BUFFERS} | {"layout": group.layout, "sizes": group.sizes}
+
+
+def oracle(i: Inputs) -> Tensor:
+    x, factors = i["x"].double(), [(down.double(), up.double()) for down, up in i["factors"]]
+    return apart(x, factors, i["orders"], i["silu_mul"])
+
+
+def flops(case: GroupCase) -> int:
+    """The products: one multiplication and one addition for each token and entry of the factors."""
+    return 2 * case.tokens * case.num_weights
+
+
+def num_bytes(case: GroupCase, size: int) -> int:
+    """Factors and x read, y written. Where the pivots are is not counted: the next layer's weights can absorb that."""
+    return size * (case.num_weights + case.tokens * (case.d_in + case.out_width))
+
+
+def _joined(parts: Sequence[Tensor], silu_mul: bool) -> Tensor:
+    if silu_mul:
+        return F.silu(parts[0]) * parts[1]
+    return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
+
+
+def apart(
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    orders: Sequence[Tensor | None],
+    silu_mul: bool,
+    linear: Linear = F.linear,
+) -> Tensor:
+    """Each projection by itself in two products, then side by side or multiplied."""
+    parts = []
+    for (down, up), order in zip(factors, orders, strict=True):
+        z = linear(x, down)
+        y = linear(z, up)
+        parts.append(y if order is None else torch.cat((z, y), -1).index_select(-1, order))
+    return _joined(parts, silu_mul)
+
+
+def _dense_call(i: Inputs) -> Tensor:
+    y = F.linear(i["x"], i["weight"])
+    return _joined(y.chunk(2, -1) if i["silu_mul"] else [y], i["silu_mul"])
+
+
+_ARGUMENTS = ("x", "factors", "orders", "silu_mul")
+
+
+def _separate(device: torch.device) -> Call:
+    """The kernel of `lowrank_linear`, two launches a projection; its definition on a CPU."""
+    linear: Linear = F.linear
+    if device.type == "cuda":
+        launch = import_module("gfwsvd_kernels.lowrank").linear
+        linear = lambda x, weight: launch(x, weight, None, out_dtype=x.dtype)  # noqa: E731
+    return lambda i: apart(*(i[name] for name in _ARGUMENTS), linear)
+
+
+def one_way(module: str, name: str, most_tokens: int | None = None) -> Provider:
+    """One implementation by itself, whichever the operator would choose; a Triton one runs in the interpreter too."""
+
+    def load(device: torch.device) -> Call:
+        if module != "extension":
+            by.needs_triton(device)
+        elif device.type != "cuda":
+            raise Missing("needs a GPU")
+        try:
+            launch = getattr(import_module(f"gfwsvd_kernels.{module}"), name)
+        except (ImportError, AttributeError) as error:
+            raise Missing(f"gfwsvd_kernels.{module}.{name} is not there: {error}") from error
+
+        def call(i: Inputs) -> Tensor:
+            if most_tokens and len(i["x"]) > most_tokens:
+                raise Missing(f"takes at most {most_tokens} tokens")
+            return launch(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"])
+
+        return call
+
+    return Provider(load)
+
+
+_OURS = by.ours("decode", "lowrank_group", "x", *BUFFERS, "sizes", "silu_mul")
+
+
+def _unpivoted(device: torch.device) -> Call:
+    """Ours without pivots, at the same rank: the same map from R D_OUT entries of up instead of R (D_OUT - R)."""
+    call = _OURS.load(device)
+    return lambda i: call(i | i["unpivoted"])
+
+
+def _two_launch(device: torch.device) -> Call:
+    by.needs_triton(device)
+    launch = import_module("benchmarks.peers").two_launch_group
+    return lambda i: launch(i["x"], i["down"], i["up"], i["layout"])
+
+
+PIVOTED_PROVIDERS: dict[str, Provider] = {
+    "ours": _OURS,
+    "ours_split_rank": one_way("decode", "split_rank", FEW_TOKENS),
+    "ours_persistent": one_way("decode", "persistent", SOME_TOKENS),
+    "ours_matmuls": one_way("decode", "matmuls"),
+    "ours_cuda_decode": one_way("extension", "decode", FEW_TOKENS),
+    "ours_cuda_persistent": one_way("extension", "persistent", SOME_TOKENS),
+    "dense": by.plain(_dense_call),
+    "two_matmuls": by.plain(lambda i: apart(*(i[name] for name in _ARGUMENTS))),
+    "compiled": by.compiled(apart, *_ARGUMENTS),
+    "separate": Provider(_separate),
+}
+PROVIDERS = PIVOTED_PROVIDERS | {"two_launch": Provider(_two_launch)}
+PIVOTED_PROVIDERS["unpivoted"] = Provider(_unpivoted)
