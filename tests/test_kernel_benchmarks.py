@@ -424,6 +424,39 @@ def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
+def test_the_readme_has_the_figures_of_the_committed_results_and_no_others():
+    readme = (ROOT / "README.md").read_text()
+    results = sorted((ROOT / "benchmarks/results").glob("kernels-*.jsonl"))
+    assert tables.with_table(readme, tables.latest(*results)) == readme
+
+
+def test_the_readme_takes_ours_on_the_headline_cases_from_gpus_only(everything, tmp_path):
+    rows = [row for row in everything[1] if row["status"] == "ok"]
+    op, (case,) = "gram_accumulate", OPS["gram_accumulate"].headlines
+    row = next(row for row in rows if row["op"] == op and row["provider"] == "ours" and row["dtype"] == "bf16")
+    row |= {"shape": case.label, "gpu": "NVIDIA H200", "commit": "abc123", "us_p50": 111.0, "of_ceiling": 0.5}
+    for number, changes in enumerate(
+        [{"date": "2026-01-01"}, {"date": "2026-01-02", "us_p50": 222.0, "over_base": 1.75}, {"gpu": None}]
+        + [{"provider": "mm"}, {"dtype": "fp32"}, {"shape": "D=1 T=1"}]
+    ):
+        record.append(tmp_path / f"kernels-{number}.jsonl", row | {"date": "2026-01-03"} | changes)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    assert tables.main([str(tmp_path / "kernels-*.jsonl"), "--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", tables.BEGIN, tables.END, "after"]
+    (line,) = [line for line in lines if line.startswith("| `")]
+    measured = "NVIDIA H200, 2026-01-02, abc123"
+    assert line == f"| `{op}` | {case.label} | 222 | 50% | 1.75x mm | {measured} |"
+
+    assert tables.main([str(tmp_path / "none-*.jsonl"), "--readme", str(readme)]) == 0
+    assert tables.UNMEASURED in readme.read_text() and "222" not in readme.read_text()
+    with pytest.raises(SystemExit, match="the README must have a line"):
+        tables.with_table("no marks", [])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([str(tmp_path / "missing.jsonl"), "--readme", str(readme)])
+
+
 def test_every_headline_case_is_among_the_default_ones():
     layers = MODELS["llama-3.1-8b"]
     for op, spec in OPS.items():
