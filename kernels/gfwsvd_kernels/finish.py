@@ -28,7 +28,7 @@ SOURCE_START = tl.constexpr(FIELDS.index("source_start"))
 OUT_BLOCK = tl.constexpr(layout.OUT_BLOCK)
 ALIGN = tl.constexpr(layout.ALIGN)
 FINISH_T = tl.constexpr(8)  # tokens, and
-FINISH_O = tl.constexpr(128)  # outputs, that are finished at a time
+FINISH_O = tl.constexpr(64)  # outputs, that are finished at a time
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def finish(
     y_ptr, sums_ptr, z_ptr, bias_ptr, table_ptr, number, block, first_t, num_tokens, sums_width, rank, out_width,
     HAS_BIAS: tl.constexpr, PIVOTED: tl.constexpr, SILU_MUL: tl.constexpr,
 ):  # fmt: skip
-    """For FINISH_T tokens, write one block of the outputs of projection `number`, or of both projections with SILU_MUL."""
+    """For FINISH_T tokens, write a block of the outputs of projection `number`, or of both with SILU_MUL."""
     offs_t = first_t + tl.arange(0, FINISH_T)
     mask_t = offs_t < num_tokens
     record_ptr = table_ptr + number * NUM_FIELDS

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfwsvd_kernels import layout
+from gfwsvd_kernels import layout, tiles
 from gfwsvd_kernels.layout import Layout, Projection
 from gfwsvd_kernels.ops import lowrank_group
 
@@ -86,8 +86,6 @@ class LowRankGroup(nn.Module):
 
 def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, list[int], dict[str, Tensor | None]]:
     """The sizes of a group and its tensors, as `layout.py` describes them."""
-    from gfwsvd_kernels import tiles
-
     device, dtype = projections[0].down.device, projections[0].down.dtype
     blocks = [layout.columns(p.d_out, None if p.pivots is None else p.pivots.cpu()) for p in projections]
     costs = [
@@ -153,6 +151,6 @@ def _check(projections: Sequence[Factors], activation: str | None) -> None:
             if distinct[0] < 0 or distinct[-1] >= p.d_out:
                 found = f"{distinct[0]} to {distinct[-1]}"
                 raise ValueError(f"the pivots of projection {i} must be outputs 0 to {p.d_out - 1}, got {found}")
-    if activation == "silu_mul" and [p.d_out for p in projections] != [projections[0].d_out] * 2:
-        found = [p.d_out for p in projections]
-        raise ValueError(f"silu_mul needs two projections with the same number of outputs, got {found}")
+    widths = [p.d_out for p in projections]
+    if activation == "silu_mul" and widths != widths[:1] * 2:
+        raise ValueError(f"silu_mul needs two projections with the same number of outputs, got {widths}")

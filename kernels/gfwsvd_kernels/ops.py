@@ -121,7 +121,12 @@ def lowrank_group(
         TypeError: x of another dtype than the factors.
         ValueError: x of another width, or on another device.
     """
-    return _lowrank_group(x, down, up, bias, table, workspace, sizes, silu_mul)
+    arguments = (x, down, up, bias, table, workspace, sizes, silu_mul)
+    if not x.is_cuda or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _lowrank_group(*arguments)
+    return _launch(
+        "gfwsvd_kernels.decode", _check_group, "lowrank_group", *arguments
+    )  # a token has no time to dispatch
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
@@ -231,6 +236,12 @@ def _nothing(*args: Any) -> None:
     """What an operator that only updates its output returns, and the value check of one that has none."""
 
 
+def _launch(module: str, check: Callable[..., None], name: str, first: Tensor, *args: Any) -> Any:
+    check(first, *args)
+    with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
+        return getattr(import_module(module), name)(first, *args)
+
+
 def _define(
     definition: Callable[..., Any],
     launcher: str,
@@ -247,10 +258,8 @@ def _define(
         check_values(*args)
         return definition(*args)
 
-    def on_cuda(first: Tensor, *args: Any) -> Any:
-        check(first, *args)
-        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
-            return getattr(import_module(launcher), name)(first, *args)
+    def on_cuda(*args: Any) -> Any:
+        return _launch(launcher, check, name, *args)
 
     def fake(*args: Any) -> Any:
         check(*args)

@@ -154,9 +154,7 @@ def persistent_kernel(
         record_ptr = table_ptr + number * NUM_FIELDS
         offs_o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
         mask_o = offs_o < tl.load(record_ptr + PITCH)
-        y = expanded(
-            record_ptr, z_ptr, up_ptr, offs_o, mask_o, offs_t, mask_t, rank, BLOCK_T, BLOCK_O, BLOCK_I, UPCAST
-        )
+        y = expanded(record_ptr, z_ptr, up_ptr, offs_o, mask_o, offs_t, mask_t, rank, BLOCK_T, BLOCK_O, BLOCK_I, UPCAST)
         if PIVOTED:
             sums_ptrs = sums_ptr + offs_t[:, None] * sums_width + (tl.load(record_ptr + ACC_START) + offs_o)[None, :]
             tl.store(sums_ptrs, y, mask=mask_t[:, None] & mask_o[None, :])

@@ -11,14 +11,14 @@ GROUPS: dict[str, tuple[int, list[tuple[int, int, bool, bool]], str | None]] = {
     "one": (40, [(5, 33, False, False)], None),
     "one_with_bias": (40, [(16, 64, False, True)], None),
     "rank_one": (9, [(1, 1, False, True)], None),
-    "several_blocks": (70, [(37, 1100, False, True)], None),
+    "several_blocks": (70, [(17, 1030, False, True)], None),
     "qkv": (64, [(24, 96, False, True), (7, 32, False, False), (9, 32, False, True)], None),
-    "gate_up": (48, [(19, 600, False, False), (30, 600, False, True)], "silu_mul"),
+    "gate_up": (48, [(19, 520, False, False), (8, 520, False, True)], "silu_mul"),
     "pivoted": (40, [(21, 90, True, True)], None),
     "pivoted_all": (40, [(12, 12, True, False)], None),
-    "pivoted_several_blocks": (33, [(30, 1100, True, False)], None),
+    "pivoted_several_blocks": (33, [(12, 1030, True, False)], None),
     "pivoted_qkv": (64, [(24, 96, True, True), (7, 32, True, False), (9, 32, False, True)], None),
-    "pivoted_gate_up": (48, [(19, 600, True, True), (30, 600, True, False)], "silu_mul"),
+    "pivoted_gate_up": (48, [(19, 520, True, True), (8, 520, True, False)], "silu_mul"),
 }
 
 

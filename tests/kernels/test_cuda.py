@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from group_cases import GROUPS, by_torch, factors, group_of, oracle
 from kernel_cases import DTYPES, assert_as_good_as, least_eigenvalue, with_nan_above_diagonal
 
-from gfwsvd_kernels import gram, gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step
+from gfwsvd_kernels import (
+    Factors,
+    LowRankGroup,
+    gram,
+    gram_accumulate,
+    lowrank_linear,
+    quadratic_form,
+    sequence_unit_step,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -115,3 +124,69 @@ def test_a_compiled_graph_runs_the_kernels():
     x, out = normal(100, 64), torch.zeros(64, 64, device="cuda")
     torch.compile(gram_accumulate, fullgraph=True)(out, x)
     assert_as_good_as((x.double().mT @ x.double()).tril(), out, (x.double().mT @ x.double()).tril())
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 33, 64, 65, 500])
+def test_a_group_agrees_with_float64_call_after_call(case, dtype, num_tokens):
+    projections, activation = group_of(case, dtype)
+    group = LowRankGroup(projections, activation=activation)
+    for _ in range(3):
+        x = normal(num_tokens, projections[0].down.shape[1], dtype=dtype)
+        peer, exact = (form(x, projections, activation) for form in (by_torch, oracle))
+        assert_as_good_as(peer, group(x), exact)
+
+
+LARGE = {  # of Llama-3.1-8B: (rank, D_OUT) of each projection, activation
+    "qkv": ([(1632, 4096), (640, 1024), (640, 1024)], None),
+    "gate_up": ([(2544, 14336), (2544, 14336)], "silu_mul"),
+}
+
+
+def large_group(name: str, dtype: torch.dtype, pivoted: bool) -> tuple[list[Factors], str | None]:
+    sizes, activation = LARGE[name]
+    return [factors(4096, rank, d_out, pivoted, False, dtype=dtype) for rank, d_out in sizes], activation
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 8, 48, 300])
+def test_a_group_of_a_real_model_agrees_with_float64(name, pivoted, num_tokens):
+    projections, activation = large_group(name, torch.bfloat16, pivoted)
+    group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.bfloat16)
+    assert_as_good_as(by_torch(x, projections, activation), group(x), oracle(x, projections, activation))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 48])
+def test_a_graph_replays_a_group_on_new_inputs(num_tokens):
+    projections, activation = large_group("qkv", torch.bfloat16, True)
+    group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.bfloat16)
+    group(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = group(x)
+    for _ in range(3):
+        x.copy_(normal(num_tokens, 4096))
+        y.fill_(float("nan"))
+        graph.replay()
+        assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+
+
+def test_a_deterministic_group_repeats_bit_for_bit():
+    projections, activation = large_group("gate_up", torch.float16, False)
+    group, x = LowRankGroup(projections, activation=activation), normal(4, 4096, dtype=torch.float16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = group(x)
+        assert all(torch.equal(first, group(x)) for _ in range(20))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_compiled_group_runs_its_kernels():
+    projections, activation = group_of("pivoted_gate_up", torch.bfloat16)
+    group, x = LowRankGroup(projections, activation=activation), normal(4, 48, dtype=torch.bfloat16)
+    compiled = torch.compile(group, fullgraph=True)
+    for _ in range(3):
+        assert_as_good_as(by_torch(x, projections, activation), compiled(x), oracle(x, projections, activation))

@@ -1,21 +1,28 @@
 """LowRankGroup: layout, definition and Triton kernels against the projections in float64."""
 
+import re
+
 import pytest
 import torch
-from group_cases import GROUPS, by_torch, group_of, oracle
+from group_cases import GROUPS, by_torch, factors, group_of, oracle
 from kernel_cases import DEVICE, DTYPES, assert_as_good_as
 from torch import Tensor
 
-from gfwsvd_kernels import LowRankGroup, decode, tiles
+from gfwsvd_kernels import Factors, LowRankGroup, decode, layout, lowrank_linear, tiles
 
-# name -> (launcher, tokens that it takes)
+# name -> (launcher, the definition if None; a token count for half precision; another one)
 LAUNCHERS = {
-    "definition": (None, (1, 5, 20)),
-    "split_rank": (decode.split_rank, (1, 5, 8)),
-    "persistent": (decode.persistent, (1, 17, 64)),
-    "matmuls": (decode.matmuls, (1, 65)),
+    "definition": (None, (20, 1)),
+    "split_rank": (decode.split_rank, (8, 1)),
+    "persistent": (decode.persistent, (17, 64)),
+    "matmuls": (decode.matmuls, (65, 1)),
 }
-CASES = [(name, num_tokens) for name, (_, counts) in LAUNCHERS.items() for num_tokens in counts]
+RUNS = [
+    (name, num_tokens, dtype)
+    for name, (_, counts) in LAUNCHERS.items()
+    for dtype in DTYPES
+    for num_tokens in counts[: 2 if dtype == torch.float32 else 1]
+]
 
 
 def run(name: str, group: LowRankGroup, x: Tensor) -> Tensor:
@@ -25,12 +32,174 @@ def run(name: str, group: LowRankGroup, x: Tensor) -> Tensor:
     return launch(x, group.down, group.up, group.bias, group.table, group.workspace, group.layout)
 
 
+def inputs(projections: list[Factors], *shape: int) -> Tensor:
+    down = projections[0].down
+    return torch.randn(*shape, down.shape[1], device=DEVICE).to(down.dtype)
+
+
 @pytest.mark.parametrize("case", GROUPS)
-@pytest.mark.parametrize("launcher, num_tokens", CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("launcher, num_tokens, dtype", RUNS)
 def test_a_group_computes_its_projections(case, launcher, num_tokens, dtype):
     projections, activation = group_of(case, dtype)
-    x = torch.randn(num_tokens, projections[0].down.shape[1], device=DEVICE).to(dtype)
-    y = run(launcher, LowRankGroup(projections, activation=activation), x)
+    x = inputs(projections, num_tokens)
+    group = LowRankGroup(projections, activation=activation)
+    y = run(launcher, group, x)
     assert y.dtype == dtype
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("launcher", ["split_rank", "persistent"])
+def test_a_call_leaves_the_workspace_ready_for_the_next(case, launcher):
+    """Sums and tickets are zero again, whatever the next call's tokens; only the count of barriers has moved."""
+    projections, activation = group_of(case, torch.float32)
+    group = LowRankGroup(projections, activation=activation)
+    for num_tokens in (8, 1, 5):
+        x = inputs(projections, num_tokens)
+        y = run(launcher, group, x)
+        assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+        barriers_passed = group.layout.sync_start + group.layout.num_blocks + 1
+        group.workspace[barriers_passed] = 0
+        assert not group.workspace[: group.layout.z_start].any()
+
+
+@pytest.mark.parametrize("launcher", ["split_rank", "persistent"])
+def test_nothing_outside_of_the_buffers_is_read_or_written(launcher):
+    projections, activation = group_of("pivoted_qkv", torch.float32)
+    group = LowRankGroup(projections, activation=activation)
+    guards = []
+    for name in ("down", "up", "bias"):
+        buffer = getattr(group, name)
+        guarded = torch.full((buffer.numel() + 32,), float("nan"), device=DEVICE)
+        guarded[16:-16] = buffer.flatten()
+        setattr(group, name, guarded[16:-16].view(buffer.shape))
+        guards.append(guarded)
+    guarded = torch.full((group.workspace.numel() + 32,), -7, dtype=torch.int32, device=DEVICE)
+    guarded[16:-16] = 0
+    group.workspace = guarded[16:-16]
+    x = inputs(projections, 5)
+    y = run(launcher, group, x)
+    assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+    assert all(guard[:16].isnan().all() and guard[-16:].isnan().all() for guard in guards)
+    assert (guarded[:16] == -7).all() and (guarded[-16:] == -7).all()
+
+
+def test_a_slice_of_the_rank_may_be_as_long_as_64(monkeypatch):
+    """Few SMs make long slices, which take other blocks."""
+    for num_sms, least in ((3, 17), (1, 33)):
+        monkeypatch.setattr(tiles, "H200", tiles.Target(90, num_sms))
+        projections = [factors(40, 64, 128, True, False, dtype=torch.float32)]
+        group = LowRankGroup(projections)
+        assert least <= group.layout.projections[0].chunk <= layout.MAX_CHUNK
+        x = inputs(projections, 4)
+        assert_as_good_as(by_torch(x, projections, None), run("split_rank", group, x), oracle(x, projections, None))
+
+
+def test_the_number_of_tokens_decides_the_launch(monkeypatch):
+    asked = []
+    for name in ("split_rank", "persistent", "matmuls"):
+        monkeypatch.setattr(
+            decode, name, lambda x, *args, name=name, **_: asked.append(name) or x.new_empty(len(x), 33)
+        )
+    projections, _ = group_of("one", torch.float32)
+    group = LowRankGroup(projections)
+    buffers = (group.down, group.up, group.bias, group.table, group.workspace, group.sizes, False)
+    for num_tokens in (1, 8, 9, 64, 65):
+        decode.lowrank_group(inputs(projections, num_tokens), *buffers)
+    torch.use_deterministic_algorithms(True)
+    try:
+        decode.lowrank_group(inputs(projections, 1), *buffers)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == ["split_rank"] * 2 + ["persistent"] * 2 + ["matmuls", "persistent"]
+    assert decode.lowrank_group(inputs(projections, 2, 0), *buffers).shape == (2, 0, 33)
+
+
+def test_leading_dimensions_are_kept_and_no_tokens_give_no_outputs():
+    projections, activation = group_of("gate_up", torch.float32)
+    group = LowRankGroup(projections, activation=activation)
+    x = inputs(projections, 2, 3)
+    torch.testing.assert_close(group(x), group(x.view(6, -1)).view(2, 3, -1))
+    assert group(x[:, :0]).shape == (2, 0, 520)
+
+
+def test_a_group_of_one_is_the_low_rank_linear_layer():
+    (projection,), _ = group_of("one_with_bias", torch.float32)
+    x = inputs([projection], 7)
+    expected = lowrank_linear(x, projection.down, projection.up, projection.bias)
+    torch.testing.assert_close(LowRankGroup([projection])(x), expected)
+
+
+def test_torch_compile_traces_a_group_in_one_graph_and_the_operator_keeps_the_rules_of_operators():
+    projections, activation = group_of("pivoted_gate_up", torch.float32)
+    group = LowRankGroup(projections, activation=activation)
+    x = inputs(projections, 4)
+    compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), group(x))
+    buffers = (group.down, group.up, group.bias, group.table, group.workspace, group.sizes, group.layout.silu_mul)
+    torch.library.opcheck(torch.ops.gfwsvd.lowrank_group.default, (x, *buffers))
+
+
+def test_a_gradient_is_refused_not_lost():
+    projections, _ = group_of("one", torch.float32)
+    y = LowRankGroup(projections)(inputs(projections, 2).requires_grad_())
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        y.sum().backward()
+
+
+def test_a_module_follows_to_another_dtype_and_has_no_state():
+    projections, _ = group_of("pivoted_qkv", torch.float32)
+    group = LowRankGroup(projections).to(torch.float64)
+    x = torch.randn(3, 64, device=DEVICE, dtype=torch.float64)
+    if DEVICE == "cpu":  # a GPU has no float64 kernels
+        torch.testing.assert_close(group(x), oracle(x, projections, None), rtol=1e-12, atol=1e-12)
+    assert group.state_dict() == {} and "pivoted" in repr(group)
+
+
+# Bad input
+
+GOOD = {"down": torch.zeros(2, 5), "up": torch.zeros(4, 2), "bias": torch.zeros(4), "pivots": None}
+BAD = [
+    ({"up": torch.zeros(4, 3)}, ValueError, r"down \(R, D_IN\) and up \(D_OUT, R\) with R >= 1, got .*'up': \(4, 3\)"),
+    ({"down": torch.zeros(0, 5), "up": torch.zeros(4, 0)}, ValueError, "with R >= 1"),
+    ({"down": torch.zeros(2)}, ValueError, "projection 1 must have down"),
+    ({"down": torch.zeros(2, 6)}, ValueError, "projection 1 must read the 5 inputs of the first"),
+    ({"bias": torch.zeros(3)}, ValueError, r"the bias of projection 1 must be \(4,\)"),
+    ({"up": torch.zeros(4, 2).half()}, TypeError, "up of projection 1 must be torch.float32 .* got torch.float16"),
+    ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias of projection 1 must be on cpu, got meta"),
+    ({"pivots": torch.tensor([0, 0]), "bias": None}, ValueError, "must be 2 distinct int64"),
+    ({"pivots": torch.tensor([0, 6]), "bias": None}, ValueError, "must be outputs 0 to 5, got 0 to 6"),
+    ({"pivots": torch.tensor([0]), "bias": None}, ValueError, "must be 2 distinct int64"),
+    ({"pivots": torch.tensor([0.0, 1.0]), "bias": None}, ValueError, "must be 2 distinct int64"),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", BAD)
+def test_a_bad_projection_is_named_with_what_was_expected(changed, error, message):
+    with pytest.raises(error, match=message):
+        LowRankGroup([Factors(**GOOD), Factors(**GOOD | changed)])
+
+
+def test_a_bad_group_is_refused():
+    good = Factors(**GOOD)
+    with pytest.raises(ValueError, match="at least one projection"):
+        LowRankGroup([])
+    with pytest.raises(ValueError, match=re.escape("activation must be one of (None, 'silu_mul'), got 'gelu'")):
+        LowRankGroup([good], activation="gelu")
+    for projections in ([good], [good, Factors(torch.zeros(2, 5), torch.zeros(6, 2))]):
+        with pytest.raises(ValueError, match="two projections with the same number of outputs"):
+            LowRankGroup(projections, activation="silu_mul")
+    with pytest.raises(TypeError, match="down must be floating-point, got torch.int64"):
+        LowRankGroup([Factors(torch.zeros(2, 5).long(), torch.zeros(4, 2).long())])
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 elements, got 2147483648"):
+        LowRankGroup([Factors(torch.empty(2**15, 8, device="meta"), torch.empty(2**16, 2**15, device="meta"))])
+
+
+def test_a_bad_input_is_refused():
+    group = LowRankGroup([Factors(**GOOD)])
+    with pytest.raises(ValueError, match=r"x must be \(3, 5\) .* got \(3, 4\)"):
+        group(torch.zeros(3, 4))
+    with pytest.raises(TypeError, match="x must be .* torch.float32 .* got .* torch.float16"):
+        group(torch.zeros(3, 5).half())
+    with pytest.raises(ValueError, match="tensor without dimensions"):
+        group(torch.tensor(1.0))
