@@ -6,6 +6,7 @@ by itself, the order that puts pivoted outputs in their places, one dense weight
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,23 +129,51 @@ def _separate(device: torch.device) -> Call:
     return lambda i: apart(*(i[name] for name in _ARGUMENTS), linear)
 
 
-def one_way(module: str, name: str, most_tokens: int | None = None) -> Provider:
-    """One implementation by itself, whichever the operator would choose; a Triton one runs in the interpreter too."""
+def _imported(module: str) -> Any:
+    try:
+        return import_module(f"gfwsvd_kernels.{module}")
+    except ImportError as error:
+        raise Missing(f"gfwsvd_kernels.{module} is not there: {error}") from error
+
+
+def _at_most(tokens: int | None, i: Inputs) -> None:
+    if tokens and len(i["x"]) > tokens:
+        raise Missing(f"takes at most {tokens} tokens")
+
+
+def in_triton(name: str, most_tokens: int | None = None) -> Provider:
+    """One implementation by itself, whichever the operator would choose; on a CPU in the interpreter."""
 
     def load(device: torch.device) -> Call:
-        if module != "extension":
-            by.needs_triton(device)
-        elif device.type != "cuda":
-            raise Missing("needs a GPU")
-        try:
-            launch = getattr(import_module(f"gfwsvd_kernels.{module}"), name)
-        except (ImportError, AttributeError) as error:
-            raise Missing(f"gfwsvd_kernels.{module}.{name} is not there: {error}") from error
+        by.needs_triton(device)
+        launch = getattr(_imported("decode"), name)
 
         def call(i: Inputs) -> Tensor:
-            if most_tokens and len(i["x"]) > most_tokens:
-                raise Missing(f"takes at most {most_tokens} tokens")
+            _at_most(most_tokens, i)
             return launch(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"])
+
+        return call
+
+    return Provider(load)
+
+
+def in_cuda(name: str, most_tokens: int) -> Provider:
+    """One implementation of the compiled extension by itself."""
+
+    def load(device: torch.device) -> Call:
+        if device.type != "cuda":
+            raise Missing("needs a GPU")
+        extension = _imported("extension")
+        if not extension.available(device):
+            raise Missing("the extension was not built, or is not for this GPU")
+
+        def call(i: Inputs) -> Tensor:
+            _at_most(most_tokens, i)
+            if not extension.fits(i["x"], i["layout"]):
+                raise Missing("does not take this dtype or these sizes")
+            y = i["x"].new_empty(len(i["x"]), i["layout"].out_width)
+            getattr(extension, name)(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"], y)
+            return y
 
         return call
 
@@ -168,11 +197,11 @@ def _two_launch(device: torch.device) -> Call:
 
 PIVOTED_PROVIDERS: dict[str, Provider] = {
     "ours": _OURS,
-    "ours_split_rank": one_way("decode", "split_rank", FEW_TOKENS),
-    "ours_persistent": one_way("decode", "persistent", SOME_TOKENS),
-    "ours_matmuls": one_way("decode", "matmuls"),
-    "ours_cuda_decode": one_way("extension", "decode", FEW_TOKENS),
-    "ours_cuda_persistent": one_way("extension", "persistent", SOME_TOKENS),
+    "ours_split_rank": in_triton("split_rank", FEW_TOKENS),
+    "ours_persistent": in_triton("persistent", SOME_TOKENS),
+    "ours_matmuls": in_triton("matmuls"),
+    "ours_cuda_decode": in_cuda("decode", FEW_TOKENS),
+    "ours_cuda_persistent": in_cuda("persistent", SOME_TOKENS),
     "dense": by.plain(_dense_call),
     "two_matmuls": by.plain(lambda i: apart(*(i[name] for name in _ARGUMENTS))),
     "compiled": by.compiled(apart, *_ARGUMENTS),

@@ -75,6 +75,7 @@ def measured(
     base: str,
     ceilings: dict[str, float] | None,
     seconds: float,
+    num_sets: int | None = None,
 ) -> list[dict[str, Any]]:
     """One row a provider. Without ceilings the gate is all there is."""
     spec, torch_dtype = OPS[op], DTYPES[dtype]
@@ -82,7 +83,7 @@ def measured(
     flops, num_bytes = spec.flops(case), spec.bytes(case, torch_dtype.itemsize)
     times: dict[str, measure.Timing] = {}
     if ceilings and passed:
-        num_sets = measure.number_of_sets(num_bytes, spec.least_sets, device)
+        num_sets = num_sets or measure.number_of_sets(num_bytes, spec.least_sets, device)
         sets = [spec.inputs(case, torch_dtype, device) for _ in range(num_sets)]
         timers = {}
         for name, call in passed.items():
@@ -167,14 +168,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="provider to compare with; default: each operator's own")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing a case, all providers together")
+    parser.add_argument("--sets", type=int, help="sets of inputs in rotation; default: four times the L2 cache")
     parser.add_argument("--limit", type=float, help="seconds for all operators, shared equally; then no case is begun")
     parser.add_argument("--gate-only", action="store_true", help="check the results, time nothing")
     parser.add_argument("--results", type=Path, help="JSON lines to add to")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU: check nvidia-smi, or use --device cpu")
-    if min([*(arguments.tokens or [1]), *arguments.seq_len]) < 1:
-        parser.error("--tokens and --seq-len must be at least 1")
+    if min([*(arguments.tokens or [1]), *arguments.seq_len, 1 if arguments.sets is None else arguments.sets]) < 1:
+        parser.error("--tokens, --seq-len and --sets must be at least 1")
     if not all(0 < keep < 1 for keep in arguments.keep):
         parser.error(f"--keep must be shares between 0 and 1, got {arguments.keep}")
     for op in arguments.op:
@@ -215,8 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if time.perf_counter() > stop:
                     left_out += 1
                     continue
-                options = {"base": arguments.base or spec.base, "ceilings": ceilings, "seconds": arguments.seconds}
-                new = measured(op, case, dtype, device, providers=providers, **options)
+                new = measured(
+                    op, case, dtype, device, providers=providers, base=arguments.base or spec.base,
+                    ceilings=ceilings, seconds=arguments.seconds, num_sets=arguments.sets,
+                )  # fmt: skip
                 rows += new
                 if arguments.results:
                     for row in new:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 
 from benchmarks import measure, model, record, run, tables
 from benchmarks.gate import Gate
-from benchmarks.groups import one_way
+from benchmarks.groups import in_cuda
 from benchmarks.measure import ceilings as measured_ceilings
 from benchmarks.model import H200, Card, blocks_per_sm, predicted
 from benchmarks.providers import Missing, Provider, plain
@@ -29,7 +29,7 @@ ON_GPUS = {"quack", "flash_muon", "ours_cuda_decode", "ours_cuda_persistent"}
 MOST_TOKENS = {"ours_split_rank": 8, "ours_persistent": 64}
 CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
 EVERY_LAYER = MODELS["tiny"]
-QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--device", "cpu")
+QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--sets", "1", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +38,6 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         patch.setattr(measure, "ceilings", lambda device, seconds: dict.fromkeys(CEILINGS, 1e3))
-        patch.setattr(measure, "number_of_sets", lambda num_bytes, least, device: 1)
         patch.setitem(MODELS, "tiny", MODELS["tiny"][-1:])  # (48, 80), which makes two widths
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for matrices this small, more only wait for each other
@@ -88,10 +87,24 @@ def test_every_way_through_a_group_is_right(monkeypatch, tmp_path, tokens):
     assert {row["status"] for row in rows} == {"correct", "missing"}
 
 
-def test_an_implementation_that_is_not_built_says_so():
-    for module, name, reason in (("extension", "no_such", "is not there"), ("no_such", "decode", "is not there")):
-        with pytest.raises(Missing, match=reason):
-            one_way(module, name).load(torch.device("cuda"))
+def test_the_extension_is_measured_where_it_is_built_and_fits(monkeypatch):
+    cuda, i = torch.device("cuda"), {"x": torch.ones(3, 8), "layout": SimpleNamespace(out_width=5)}
+    i |= dict.fromkeys(("down", "up", "bias", "table", "workspace"))
+    extension = SimpleNamespace(available=lambda device: False, fits=lambda x, layout: False)
+    extension.decode = lambda *arguments: arguments[-1].fill_(7)
+    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", extension)
+    with pytest.raises(Missing, match="was not built"):
+        in_cuda("decode", 8).load(cuda)
+    extension.available = lambda device: True
+    with pytest.raises(Missing, match="does not take this dtype"):
+        in_cuda("decode", 8).load(cuda)(i)
+    extension.fits = lambda x, layout: True
+    with pytest.raises(Missing, match="at most 2 tokens"):
+        in_cuda("decode", 2).load(cuda)(i)
+    assert torch.equal(in_cuda("decode", 8).load(cuda)(i), torch.full((3, 5), 7.0))
+    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", None)
+    with pytest.raises(Missing, match="is not there"):
+        in_cuda("decode", 8).load(cuda)
 
 
 def test_rates_and_ratios_follow_from_the_times(everything):
@@ -402,9 +415,6 @@ def test_a_gpu_that_is_not_there_is_an_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main(["--device", "cuda"])
     assert "torch sees no GPU" in capsys.readouterr().err
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "sees no GPU" in done.stderr and done.stdout == ""
 
 
 def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp_path):
