@@ -20,11 +20,12 @@ from gfwsvd.logits import ReferenceLogits
 
 @dataclass(frozen=True)
 class Run:
-    """What to compress: a method, a way to allocate ranks and a ratio."""
+    """What to compress: a method, a way to allocate ranks, a ratio, and how low-rank layers are stored."""
 
     method: str
     ranks: str
     keep: float
+    storage: str = "pivoted"
 
 
 def packaged_smollm2() -> Path:
@@ -70,6 +71,7 @@ def compressed_rows(
             keep=run.keep,
             ranks=run.ranks,
             rank_multiple=1,
+            storage=run.storage,
             statistics=statistics,
             track=track,
         )
@@ -78,10 +80,11 @@ def compressed_rows(
             compressed = keep_model(run, compressed, report)
         found = gfwsvd.evaluate(compressed.to(dtype), windows, reference=reference, track=track).to_json()
         row = {
-            "name": f"{run.method}, {run.ranks} ranks",
+            "name": f"{run.method}, {run.ranks} ranks{', two factors' if run.storage == 'factors' else ''}",
             "method": run.method,
             "ranks": run.ranks,
             "keep": run.keep,
+            "storage": run.storage,
             "kept": report.kept,
             "stored": report.stored,
             "model_stored": report.model_stored,

@@ -19,7 +19,7 @@ from benchmarks import record
 from benchmarks.compare import Run, comparison, compressed_rows, dense_row, packaged_smollm2
 from gfwsvd.calibration import data_sha256
 from gfwsvd.progress import bar
-from gfwsvd.ranks import RANKS
+from gfwsvd.ranks import RANKS, STORAGE
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.9])
     parser.add_argument("--methods", nargs="+", choices=list(gfwsvd.METHODS), default=list(gfwsvd.METHODS))
     parser.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--storage", nargs="+", choices=STORAGE, default=["pivoted"], help="of low-rank layers")
     parser.add_argument("--stats", type=Path, required=True, help="statistics directory, made if it is not there")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--plot", type=Path, help="also draw perplexity against the ratio into this file")
@@ -71,15 +72,16 @@ def main() -> None:
         "evaluation_dtype": arguments.dtype,
     }
     rows = _rows(arguments.results, about)
-    done = {(row["method"], row.get("ranks"), row["keep"]) for row in rows}
-    if ("dense", None, 1.0) not in done:
+    done = {(row["method"], row.get("ranks"), row["keep"], _storage(row)) for row in rows}
+    if not any(row["method"] == "dense" for row in rows):
         record.append(arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **made})
     runs = [
-        Run(method, ranks, keep)
+        Run(*run)
         for keep in arguments.keep
         for ranks in arguments.ranks
         for method in arguments.methods
-        if (method, ranks, keep) not in done
+        for storage in arguments.storage
+        if (run := (method, ranks, keep, storage)) not in done
     ]
     for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype):
         record.append(arguments.results, {**row, **about, **made})
@@ -97,21 +99,33 @@ def _rows(results: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record.read(results) if all(row.get(key) == value for key, value in about.items())]
 
 
+def _storage(row: dict[str, Any]) -> str:
+    """How the low-rank layers of a row are stored; rows from before there was a choice have two factors."""
+    return row.get("storage", "factors")
+
+
+def _series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The compressed rows by method and storage, in the order of both tables, under what to call them."""
+    return {
+        f"{method}{', two factors' if storage == 'factors' else ''}": found
+        for method in gfwsvd.METHODS
+        for storage in STORAGE
+        if (found := [row for row in rows if (row["method"], _storage(row)) == (method, storage)])
+    }
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Perplexity and KL to the dense model: a row for each method, a column for each allocation and ratio."""
+    """Perplexity and KL to the dense model: rows by method and storage, columns by allocation and ratio."""
     dense = next(row for row in rows if row["method"] == "dense")
-    found = {(row["method"], row["ranks"], row["keep"]): row for row in rows if row is not dense}
-    columns = sorted(
-        {(ranks, keep) for _, ranks, keep in found}, key=lambda column: (RANKS.index(column[0]), -column[1])
-    )
+    found = {(row["ranks"], row["keep"]) for row in rows if row is not dense}
+    columns = sorted(found, key=lambda column: (RANKS.index(column[0]), -column[1]))
     lines = [
         f"| dense {dense['perplexity']:.2f} | {' | '.join(f'{ranks} {keep}' for ranks, keep in columns)} |",
         f"|---|{'---|' * len(columns)}",
     ]
-    for method in gfwsvd.METHODS:
-        cells = [found.get((method, *column)) for column in columns]
-        shown = [f"{_figure(row['perplexity'])} ({row['kl']:.2f})" if row else "" for row in cells]
-        lines.append(f"| `{method}` | {' | '.join(shown)} |")
+    for name, series in _series(rows).items():
+        cells = {(row["ranks"], row["keep"]): f"{_figure(row['perplexity'])} ({row['kl']:.2f})" for row in series}
+        lines.append(f"| {name} | {' | '.join(cells.get(column, '') for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +134,7 @@ def _figure(perplexity: float) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity against the kept share, one line per method, one panel per rank allocation."""
+    """Perplexity against the kept share, one line per method and storage, one panel per rank allocation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,12 +143,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(RANKS), figsize=(9, 4), sharey=True, layout="constrained")
     dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     for panel, ranks in zip(panels, RANKS, strict=True):
-        for method in gfwsvd.METHODS:
-            points = sorted(
-                (row["kept"], row["perplexity"]) for row in rows if row["method"] == method and row["ranks"] == ranks
-            )
+        for name, series in _series(rows).items():
+            points = sorted((row["kept"], row["perplexity"]) for row in series if row["ranks"] == ranks)
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=method)
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
         panel.axhline(dense, color="gray", linestyle=":", label="dense")
         panel.set(yscale="log", xlabel="weights kept in the linear layers", title=f"{ranks} ranks")
     panels[0].set_ylabel("perplexity")

@@ -3,9 +3,10 @@
 A checkpoint is an ordinary transformers folder whose `quantization_config` is the *format section*
 
     {"quant_method": "gfwsvd", "format_version": 1, "method": ..., "keep": ..., "kept": ...,
-     "layers": {NAME: {"kind": "lowrank", "rank": R} | {"kind": "dense"}}}
+     "layers": {NAME: {"kind": "lowrank" | "pivoted", "rank": R} | {"kind": "dense"}}}
 
-with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer, and
+with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer; `NAME.weight`
+(R, D_IN), `NAME.up` (D_OUT - R, R) and `NAME.order` (D_OUT,) int32 for a pivoted one (see `layers.LowRankLinear`); and
 `NAME.weight` for a dense one. The manifest `gfwsvd.json` beside it holds the report, the digest of each tensor file,
 and a digest of itself.
 """
@@ -20,14 +21,26 @@ from typing import Any, NamedTuple
 
 from .errors import GfwsvdError
 from .folders import TensorInfo, check_seal, read_headers, read_json
+from .ranks import stored
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "gfwsvd"
 MANIFEST = "gfwsvd.json"
 
 
+class Entry(NamedTuple):
+    """What a format section says of a layer: `rank` is None for a dense one."""
+
+    kind: str
+    rank: int | None
+
+    @property
+    def pivoted(self) -> bool:
+        return self.kind == "pivoted"
+
+
 class StoredLayer(NamedTuple):
-    """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts are of weights, not biases."""
+    """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts leave biases out."""
 
     kind: str
     rank: int | None
@@ -52,8 +65,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def parse_section(section: Mapping[str, Any]) -> dict[str, int | None]:
-    """The rank of each layer that a format section lists, None for a dense layer.
+def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
+    """What a format section says of each layer that it lists.
 
     Raises:
         GfwsvdError: when the section is of another method or version, or a layer of it of an unknown kind or no rank.
@@ -70,23 +83,23 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, int | None]:
         raise GfwsvdError(
             "config.json: quantization_config should list the layers in an object `layers`; the file was changed"
         )
-    ranks: dict[str, int | None] = {}
+    entries: dict[str, Entry] = {}
     for name, entry in layers.items():
         match entry:
             case {"kind": "dense"}:
-                ranks[name] = None
-            case {"kind": "lowrank", "rank": int(rank)} if rank > 0 and not isinstance(rank, bool):
-                ranks[name] = rank
+                entries[name] = Entry("dense", None)
+            case {"kind": "lowrank" | "pivoted" as kind, "rank": int(rank)} if rank > 0 and not isinstance(rank, bool):
+                entries[name] = Entry(kind, rank)
             case _:
                 raise GfwsvdError(
-                    f"config.json: layer {name}: expected kind 'lowrank' with a positive rank, or kind 'dense', got "
-                    f"{entry!r}; the file was changed, or a newer gfwsvd wrote it"
+                    f"config.json: layer {name}: expected kind 'lowrank' or 'pivoted' with a positive rank, or kind "
+                    f"'dense', got {entry!r}; the file was changed, or a newer gfwsvd wrote it"
                 )
-    return ranks
+    return entries
 
 
 def check_layers(
-    ranks: Mapping[str, int | None],
+    entries: Mapping[str, Entry],
     tensors: Mapping[str, TensorInfo],
     *,
     shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
@@ -94,7 +107,7 @@ def check_layers(
     """Check that every layer's tensors are there and fit together, and count their parameters.
 
     Args:
-        ranks: what `parse_section` returns.
+        entries: what `parse_section` returns.
         tensors: what `read_headers` returns.
         shapes: (D_OUT, D_IN) of those low-rank layers that a model is to be filled with.
 
@@ -103,26 +116,32 @@ def check_layers(
             the message names file and tensor.
     """
     checked: dict[str, StoredLayer] = {}
-    for name, rank in ranks.items():
-        weight = _matrix(tensors, f"{name}.weight")
+    for name, entry in entries.items():
+        weight = _tensor(tensors, f"{name}.weight", dimensions=2)
+        rank = entry.rank
         if rank is None:
             size = math.prod(weight.shape)
             checked[name] = StoredLayer("dense", None, size, size)
             continue
-        up = _matrix(tensors, f"{name}.up")
-        d_out, d_in = shapes.get(name, (up.shape[0], weight.shape[1]))
-        if rank > min(d_out, d_in):
+        found = {"weight": weight, "up": _tensor(tensors, f"{name}.up", dimensions=2)}
+        if entry.pivoted:
+            found["order"] = _tensor(tensors, f"{name}.order", dimensions=1)
+        outputs = found["order" if entry.pivoted else "up"].shape[0]
+        d_out, d_in = shapes.get(name, (outputs, weight.shape[1]))
+        if rank > min(d_out - entry.pivoted, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
-        for leaf, info, expected in (("weight", weight, (rank, d_in)), ("up", up, (d_out, rank))):
-            if info.shape != expected:
+        rows = d_out - rank if entry.pivoted else d_out
+        expected_shapes = {"weight": (rank, d_in), "up": (rows, rank), "order": (d_out,)}
+        for leaf, info in found.items():
+            if info.shape != (expected := expected_shapes[leaf]):
                 raise GfwsvdError(
                     f"{info.file}: {name}.{leaf} should be {expected} by config.json, got {info.shape}; "
                     "the two files are not of one checkpoint, copy the folder again"
                 )
-        checked[name] = StoredLayer("lowrank", rank, rank * (d_out + d_in), d_out * d_in)
+        checked[name] = StoredLayer(entry.kind, rank, stored(d_out, d_in, rank, entry.pivoted), d_out * d_in)
     for tensor, info in tensors.items():
         name, _, leaf = tensor.rpartition(".")
-        if leaf == "up" and f"{name}.weight" in tensors and ranks.get(name) is None:
+        if leaf == "up" and f"{name}.weight" in tensors and entries.get(name, Entry("dense", None)).rank is None:
             raise GfwsvdError(
                 f"{info.file}: {tensor} is the factor of a low-rank layer, but config.json lists {name} as none; "
                 "the two files are not of one checkpoint, copy the folder again"
@@ -130,15 +149,16 @@ def check_layers(
     return checked
 
 
-def _matrix(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+def _tensor(tensors: Mapping[str, TensorInfo], name: str, *, dimensions: int) -> TensorInfo:
     if name not in tensors:
         files = sorted({str(info.file) for info in tensors.values()})
         raise GfwsvdError(
             f"tensor {name} is missing from {', '.join(files) or 'an empty checkpoint'}; copy the folder again or "
             "compress anew"
         )
-    if len(tensors[name].shape) != 2:
-        raise GfwsvdError(f"{tensors[name].file}: {name} should be a matrix, got shape {tensors[name].shape}")
+    if len(tensors[name].shape) != dimensions:
+        expected = {1: "a vector", 2: "a matrix"}[dimensions]
+        raise GfwsvdError(f"{tensors[name].file}: {name} should be {expected}, got shape {tensors[name].shape}")
     return tensors[name]
 
 
@@ -177,15 +197,15 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     report = read_manifest(folder).get("report", {})
     details = {entry["name"]: entry for entry in report.get("layers", ())}
     names = sorted(layers, key=list(details).index) if details.keys() >= layers.keys() else list(layers)
-    stored, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))
+    sizes, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))
     model_stored = sum(math.prod(info.shape) for info in tensors.values())
     return {
         **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
         "kinds": dict(Counter(layer.kind for layer in layers.values())),
-        "stored": stored,
+        "stored": sizes,
         "dense": dense,
         "model_stored": model_stored,
-        "model_dense": model_stored - stored + dense,
+        "model_dense": model_stored - sizes + dense,
         "provenance": report.get("provenance", {}),
         "layers": [{**details.get(name, {}), "name": name, **layers[name]._asdict()} for name in names],
     }

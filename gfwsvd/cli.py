@@ -4,6 +4,7 @@ import functools
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from .evaluate import evaluate
 from .folders import check_output_file, check_output_folder
 from .methods import METHODS, method_named
 from .progress import bar
-from .ranks import RANKS, check_keep, check_ranks
+from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .statistics import LABELS, UNITS
 from .store import JSON_NAME, load_statistics, save_statistics
 from .texts import text_name
@@ -153,6 +154,10 @@ def compress_command(
     rank_multiple: Annotated[
         int, typer.Option("--rank-multiple", min=1, help="ranks are multiples of it")
     ] = RANK_MULTIPLE,
+    storage: Annotated[
+        str,
+        typer.Option("--storage", metavar=_one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
+    ] = "pivoted",
     damping: Annotated[
         float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
     ] = DAMPING,
@@ -185,6 +190,7 @@ def compress_command(
     needs = method_named(method).needs
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
+    check_storage(storage)
     check_settings(unit, labels, sweeps, clip)
     _check_dtype(dtype)
     if stats is None and text is None and needs:
@@ -209,6 +215,7 @@ def compress_command(
         keep=keep,
         ranks=ranks,
         rank_multiple=rank_multiple,
+        storage=storage,
         damping=damping,
         statistics=statistics,
         unit=unit,
@@ -313,12 +320,10 @@ def _versions() -> dict[str, str]:
 
 def _summary(result: CompressionReport, out: Path) -> dict[str, Any]:
     details = result.to_json()
-    kinds = [layer.kind for layer in result.layers]
     return {
         "out": str(out),
         **{key: value for key, value in details.items() if key not in ("layers", "provenance")},
-        "lowrank_layers": kinds.count("lowrank"),
-        "dense_layers": kinds.count("dense"),
+        "kinds": dict(Counter(layer.kind for layer in result.layers)),
         "predicted_loss": sum(layer.predicted_loss for layer in result.layers) if result.predicts_loss else None,
         "provenance": details["provenance"],
     }

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import pivot
 from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
 from .factorize import decompose
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from .methods import KRONECKER, Method, method_named
-from .ranks import Candidate, allocate, check_keep, check_ranks
+from .metrics import Metric, objective
+from .ranks import Candidate, allocate, check_keep, check_ranks, check_storage
 from .statistics import LayerStatistics
 from .whiten import check_damping
 
@@ -27,9 +29,11 @@ class LayerReport:
     """What became of one linear layer, and how sound its numbers are.
 
     Attributes:
-        kind: "lowrank" or "dense"; `reason` says why a layer stayed dense.
-        stored, dense: weights stored now and before, biases aside.
+        kind: "lowrank" (two factors), "pivoted" or "dense"; `reason` says why a layer stayed dense, or is stored as two
+            factors where it was to be pivoted.
+        stored, dense: numbers stored now and before, biases aside.
         predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
+        rounding_loss: what the rounding of the stored numbers to half precision adds to it; None in other dtypes.
         damping_left, damping_right: added to the diagonals of the metrics, relative to their means.
         condition_left, condition_right: of the damped metrics, estimated.
         convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
@@ -45,6 +49,7 @@ class LayerReport:
     stored: int
     dense: int
     predicted_loss: float = 0.0
+    rounding_loss: float | None = None
     damping_left: float | None = None
     damping_right: float | None = None
     condition_left: float | None = None
@@ -74,6 +79,7 @@ class CompressionReport:
     kept: float
     ranks: str
     rank_multiple: int
+    storage: str
     damping: float
     stored: int
     dense: int
@@ -105,6 +111,7 @@ def compress(
     keep: float = 0.8,
     ranks: str = "global",
     rank_multiple: int = RANK_MULTIPLE,
+    storage: str = "pivoted",
     damping: float = DAMPING,
     statistics: Statistics | None = None,
     unit: str = "token",
@@ -124,6 +131,9 @@ def compress(
         keep: stored over dense parameters of the compressed linear layers, in (0, 1].
         ranks: "uniform" or "global", see `allocate`.
         rank_multiple: ranks are multiples of it.
+        storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
+            ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
+            than the ranks bring; "factors" stores two factors everywhere.
         damping: added to each metric's diagonal, relative to its mean.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
         unit, labels, sweeps, clip, seed, exclude, loss: see `calibrate`.
@@ -136,6 +146,7 @@ def compress(
     row = method_named(method)
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
+    check_storage(storage)
     check_damping(damping)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
@@ -158,21 +169,22 @@ def compress(
     began = time.perf_counter()
     linears = _checked_linears(model, statistics, row)
     solutions = {
-        name: _solve(name, linears[name], statistics, row, damping)
+        name: _solve(name, linears[name], statistics, row, damping=damping, pivoted=storage == "pivoted")
         for name in track(list(linears), f"{method}: {len(linears)} layers")
     }
     candidates = {name: solution.candidate for name, solution in solutions.items()}
     chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple)
-    model_dense = _parameters(model)
+    model_dense = _numbers(model)
+    low_rank = [(name, rank) for name, rank in chosen.items() if rank is not None]
     layers = {
-        name: _low_rank(module, solutions[name], rank)
-        for name, module in linears.items()
-        if (rank := chosen[name]) is not None
+        name: _low_rank(linears[name], solutions[name], rank, rank_multiple, _metrics(statistics, name, row))
+        for name, rank in track(low_rank, f"{method}: {len(low_rank)} low-rank layers")
     }
-    for name, layer in layers.items():
+    for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
     reports = [
-        _layer_report(name, solutions[name], chosen[name], statistics.layers[name], row, keep=keep) for name in linears
+        _layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row, keep=keep)
+        for name in linears
     ]
     stored, dense = sum(layer.stored for layer in reports), sum(layer.dense for layer in reports)
     return CompressionReport(
@@ -181,10 +193,11 @@ def compress(
         kept=stored / dense,
         ranks=ranks,
         rank_multiple=rank_multiple,
+        storage=storage,
         damping=damping,
         stored=stored,
         dense=dense,
-        model_stored=_parameters(model),
+        model_stored=_numbers(model),
         model_dense=model_dense,
         predicts_loss=row.predicts_loss,
         seconds=time.perf_counter() - began,
@@ -224,10 +237,11 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
 
 
 class _Solution(NamedTuple):
-    """What is kept of a layer's decomposition until ranks are chosen: less than the layer's own size.
+    """What is kept of a layer's decomposition until ranks are chosen: at most twice the layer's own size in float32.
 
-    `up` and `down`, in the weight's dtype, have the largest rank that is smaller than the weight; any lower rank is the
-    first part of them. `soundness` holds the report's fields on damping and condition.
+    `up` and `down` have the largest rank that stores less than the weight; any lower rank is the first part of them.
+    They are in the weight's dtype, but at least float32 for a pivoted form, which is made of their product.
+    `soundness` holds the report's fields on damping and condition.
     """
 
     candidate: Candidate
@@ -236,50 +250,108 @@ class _Solution(NamedTuple):
     soundness: dict[str, float]
 
 
-def _solve(name: str, module: nn.Module, statistics: Statistics, row: Method, damping: float) -> _Solution:
+def _solve(
+    name: str, module: nn.Module, statistics: Statistics, row: Method, *, damping: float, pivoted: bool
+) -> _Solution:
     stats, weight = statistics.layers[name], dense_weight(module)
-    left, right = row.left(stats, statistics.num_losses), row.right(stats)
-    found = decompose(weight, left, right, damping=damping, name=name)
-    candidate = Candidate(stats.d_out, stats.d_in, found.spectrum.cpu())
+    found = decompose(weight, *_metrics(statistics, name, row), damping=damping, name=name)
+    candidate = Candidate(stats.d_out, stats.d_in, found.spectrum.cpu(), pivoted)
     up, down = found.factors(weight, candidate.largest_rank)
     soundness = {
         f"{what}_{side}": getattr(root, what)
         for side, root in (("left", found.left), ("right", found.right))
         for what in ("damping", "condition")
     }
-    return _Solution(candidate, up.to(weight.dtype), down.to(weight.dtype), soundness)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if pivoted else weight.dtype
+    return _Solution(candidate, up.to(dtype), down.to(dtype), soundness)
 
 
-def _low_rank(module: nn.Module, solution: _Solution, rank: int) -> LowRankLinear:
-    up, down = solution.up[:, :rank].clone(), solution.down[:rank].clone()
-    layer = LowRankLinear.from_factors(up, down, cast(Tensor | None, module.bias))
-    return layer.train(module.training).requires_grad_(cast(Tensor, module.weight).requires_grad)
+def _metrics(statistics: Statistics, name: str, row: Method) -> tuple[Metric, Metric]:
+    stats = statistics.layers[name]
+    return row.left(stats, statistics.num_losses), row.right(stats)
+
+
+def _low_rank(
+    module: nn.Module, solution: _Solution, rank: int, multiple: int, metrics: tuple[Metric, Metric]
+) -> tuple[LowRankLinear, float | None]:
+    """The new layer, and what rounding to half precision adds to its objective (None in other dtypes).
+
+    A layer to be pivoted is stored as two factors of a lower rank, within the same size, where that loses less.
+    """
+    candidate = solution.candidate
+    layer = _stored_layer(module, solution, rank, pivoted=candidate.pivots(rank))
+    if layer.weight.dtype.itemsize >= 4:
+        return layer, None
+    rounding = _rounding_loss(layer, solution, metrics)
+    two_factors = replace(candidate, pivoted=False)
+    lower = two_factors.largest_within(candidate.stored(rank)) // multiple * multiple
+    if layer.kind == "pivoted" and lower:
+        tails = candidate.tails()
+        other = _stored_layer(module, solution, lower, pivoted=False)
+        other_rounding = _rounding_loss(other, solution, metrics)
+        if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
+            return other, other_rounding
+    return layer, rounding
+
+
+def _stored_layer(module: nn.Module, solution: _Solution, rank: int, *, pivoted: bool) -> LowRankLinear:
+    weight = cast(Tensor, module.weight)
+    up, down, order = solution.up[:, :rank].clone(), solution.down[:rank].clone(), None
+    if pivoted:
+        form = pivot.pivoted(up, down)
+        up, down, order = form.up, form.down, form.order()
+    bias = cast(Tensor | None, module.bias)
+    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), bias, order)
+    return layer.train(module.training).requires_grad_(weight.requires_grad)
+
+
+def _rounding_loss(layer: LowRankLinear, solution: _Solution, metrics: tuple[Metric, Metric]) -> float:
+    """The objective of what the dtype of the layer makes of its rank: the error of its weight beside the exact one."""
+    exact = solution.up[:, : layer.rank].double() @ solution.down[: layer.rank].double()
+    return objective(layer.product(torch.float64) - exact, *metrics)
 
 
 def _layer_report(
-    name: str, solution: _Solution, rank: int | None, stats: LayerStatistics, row: Method, *, keep: float
+    name: str,
+    solution: _Solution,
+    chosen: tuple[LowRankLinear, float | None] | None,
+    stats: LayerStatistics,
+    row: Method,
+    *,
+    keep: float,
 ) -> LayerReport:
     candidate, spectrum = solution.candidate, solution.candidate.spectrum
     points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
     kronecker = KRONECKER in row.needs
-    reason = "keep is 1" if keep == 1 else "its parameters are worth more than the same number in other layers"
+    layer, rounding = chosen or (None, None)
+    reason = ""
+    if layer is None:
+        reason = "keep is 1" if keep == 1 else "its parameters are worth more than the same number in other layers"
+    elif candidate.pivoted and layer.kind == "lowrank":
+        few = not candidate.pivots(layer.rank)
+        reason = "two factors: " + (
+            "smaller at so low a rank" if few else "pivoted, rounding would lose more than it saves"
+        )
     return LayerReport(
         name=name,
-        kind="dense" if rank is None else "lowrank",
+        kind="dense" if layer is None else layer.kind,
         d_in=candidate.d_in,
         d_out=candidate.d_out,
-        rank=rank,
-        stored=candidate.stored(rank),
+        rank=None if layer is None else layer.rank,
+        stored=candidate.dense if layer is None else layer.stored,
         dense=candidate.dense,
-        predicted_loss=0.0 if rank is None else candidate.tails()[rank].item(),
+        predicted_loss=0.0 if layer is None else candidate.tails()[layer.rank].item(),
+        rounding_loss=rounding,
         convergence=stats.convergence[-1] if kronecker else None,
         kronecker_residual=stats.kronecker_residual if kronecker else None,
-        reason=reason if rank is None else "",
+        reason=reason,
         spectrum=spectrum[points].tolist(),
         spectrum_index=points.tolist(),
         **solution.soundness,
     )
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _numbers(model: nn.Module) -> int:
+    """What the model stores: its parameters, and the orders of outputs of pivoted layers."""
+    layers = (module for module in model.modules() if isinstance(module, LowRankLinear) and module.order is not None)
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(layer.out_features for layer in layers)

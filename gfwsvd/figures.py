@@ -70,9 +70,9 @@ def layers_by_kind(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, L
     return kinds
 
 
-def rank_share(layer: LayerReport) -> float:
-    """The rank over the rank at which the factors hold as many parameters as the dense weight; 1 for a dense layer."""
-    return 1.0 if layer.rank is None else layer.rank * (layer.d_in + layer.d_out) / (layer.d_in * layer.d_out)
+def stored_share(layer: LayerReport) -> float:
+    """Numbers stored over those of the dense weight; 1 for a dense layer."""
+    return layer.stored / layer.dense
 
 
 def perplexity_by_size(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -108,17 +108,17 @@ def perplexity_by_size(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw, "Perplexity against model size", (8, 4.4))
 
 
-def rank_shares(report: CompressionReport) -> str:
-    """Chosen ranks over depth, as shares of the rank at which a layer saves nothing."""
+def stored_shares(report: CompressionReport) -> str:
+    """What the layers store over depth, as shares of their dense weights."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _lines(axes, report.layers, rank_share)
+        _lines(axes, report.layers, stored_share)
         axes.axhline(1, color=_INK, linestyle="--", linewidth=1, label="dense")
-        axes.set(ylim=(0, 1.06), ylabel="rank / break-even rank")
+        axes.set(ylim=(0, 1.06), ylabel="stored / dense")
         _legend(figure, axes)
 
-    return _svg(draw, f"Chosen rank by layer, {_run(report)}", (8, 4.2))
+    return _svg(draw, f"Stored share by layer, {_run(report)}", (8, 4.2))
 
 
 def predicted_losses(report: CompressionReport) -> str:

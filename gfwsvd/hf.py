@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -55,20 +56,20 @@ class GfwsvdQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         section = self.quantization_config.to_dict()
-        ranks = checkpoint.parse_section(section)
-        places = {name: place for name in ranks if (place := _find_module(model, name)) is not None}
+        entries = checkpoint.parse_section(section)
+        places = {name: place for name in entries if (place := _find_module(model, name)) is not None}
         modules = {name: model.get_submodule(place) for name, place in places.items()}
         for name, module in modules.items():
             if not is_linear(module):
                 raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
         if checkpoint_files is not None:
             shapes = {name: _shape(module) for name, module in modules.items()}
-            _check_files([Path(file) for file in checkpoint_files], ranks, shapes)
+            _check_files([Path(file) for file in checkpoint_files], entries, shapes)
         for name, module in modules.items():
-            if (rank := ranks[name]) is not None:
+            if (rank := entries[name].rank) is not None:
                 d_out, d_in = _shape(module)
-                bias, dtype = module.bias is not None, module.weight.dtype
-                layer = LowRankLinear(d_in, d_out, rank, bias=bias, device="meta", dtype=dtype)
+                options = {"pivoted": entries[name].pivoted, "bias": module.bias is not None}
+                layer = LowRankLinear(d_in, d_out, rank, **options, device="meta", dtype=module.weight.dtype)
                 model.set_submodule(places[name], layer)
         # A model without its head, or with one around it, has other module names; saved again, it needs its own.
         self.quantization_config.layers = {place: section["layers"][name] for name, place in places.items()}
@@ -76,6 +77,13 @@ class GfwsvdQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         # Keeps a later model.save_pretrained from renaming or merging tensors as the dense checkpoint had them.
         model._weight_conversions = []
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear) and module.order is not None:
+                if not torch.equal(module.order.sort().values.cpu(), torch.arange(module.out_features).int()):
+                    raise GfwsvdError(
+                        f"{name}.order should hold each of 0 to {module.out_features - 1} once; the file was changed, "
+                        "copy the folder again or compress anew"
+                    )
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True
@@ -112,9 +120,9 @@ def _find_module(model: "PreTrainedModel", name: str) -> str | None:
     return None
 
 
-def _check_files(files: list[Path], ranks: dict[str, int | None], shapes: dict[str, tuple[int, int]]) -> None:
+def _check_files(files: list[Path], entries: dict[str, checkpoint.Entry], shapes: dict[str, tuple[int, int]]) -> None:
     """Headers first, then the digests where the manifest lies beside."""
-    checkpoint.check_layers(ranks, read_headers(files), shapes=shapes)
+    checkpoint.check_layers(entries, read_headers(files), shapes=shapes)
     folder = files[0].parent
     digests = checkpoint.read_manifest(folder).get("sha256", {})
     check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
@@ -167,29 +175,38 @@ def save_pretrained(
 
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:
     """The format section of `model`, in the order of the report."""
-    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    reported = {entry["name"]: entry["rank"] for entry in report["layers"] if entry["kind"] == "lowrank"}
-    for name in {**ranks, **reported}:
-        if ranks.get(name) != reported.get(name):
-            raise GfwsvdError(
-                f"the report is not of this model: layer {name} has rank {ranks.get(name, 'none, it is dense')} in the "
-                f"model and rank {reported.get(name, 'none')} in the report"
-            )
-        if ranks[name] == model.get_submodule(name).out_features:
-            raise GfwsvdError(
-                f"layer {name} has as many inner dimensions as outputs ({ranks[name]}), which saves nothing and cannot "
-                "be stored safely; keep it dense"
-            )
-    layers = {
-        entry["name"]: {"kind": "lowrank", "rank": entry["rank"]} if entry["name"] in ranks else {"kind": "dense"}
-        for entry in report["layers"]
+    found = {
+        name: {"kind": module.kind, "rank": module.rank}
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
     }
+    reported = {
+        entry["name"]: {"kind": entry["kind"], "rank": entry["rank"]}
+        for entry in report["layers"]
+        if entry["rank"] is not None
+    }
+    for name in {**found, **reported}:
+        if found.get(name) != reported.get(name):
+            there, told = (_said(entries.get(name)) for entries in (found, reported))
+            raise GfwsvdError(
+                f"the report is not of this model: layer {name} is {there} in the model and {told} in the report"
+            )
+        if found[name]["rank"] == model.get_submodule(name).out_features:
+            raise GfwsvdError(
+                f"layer {name} has as many inner dimensions as outputs ({found[name]['rank']}), which saves nothing "
+                "and cannot be stored safely; keep it dense"
+            )
+    layers = {entry["name"]: found.get(entry["name"], {"kind": "dense"}) for entry in report["layers"]}
     return {
         "quant_method": checkpoint.QUANT_METHOD,
         "format_version": checkpoint.FORMAT_VERSION,
         **{key: report[key] for key in ("method", "keep", "kept")},
         "layers": layers,
     }
+
+
+def _said(entry: dict[str, Any] | None) -> str:
+    return "dense" if entry is None else f"{entry['kind']} of rank {entry['rank']}"
 
 
 def _set_section(model: "PreTrainedModel", section: dict[str, Any]) -> None:

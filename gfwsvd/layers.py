@@ -13,14 +13,18 @@ from .errors import GfwsvdError
 
 
 class LowRankLinear(nn.Module):
-    """`y = up (down x) + bias`: a linear layer of `rank` inner dimensions, in place of a dense `up @ down`.
+    """`y = up (down x) + bias`: a linear layer of `rank` inner dimensions, in place of a dense one.
+
+    In the pivoted form (`pivot.py`) `down x` are outputs themselves and `up` gives the others: `order` says where each
+    output stands among the former, followed by the latter.
 
     The down factor is the parameter `weight`, so that a reader which takes the layer for a dense one meets a tensor of
     the wrong shape and stops, instead of filling the model with random numbers.
 
     Attributes:
         weight: the down factor, (rank, in_features).
-        up: the up factor, (out_features, rank).
+        up: the up factor, (out_features, rank); of a pivoted layer (out_features - rank, rank).
+        order: (out_features,) int32, a buffer of a pivoted layer, else None.
         bias: (out_features,) or None.
     """
 
@@ -30,38 +34,68 @@ class LowRankLinear(nn.Module):
         out_features: int,
         rank: int,
         *,
+        pivoted: bool = False,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(in_features, out_features, rank) < 1 or rank > min(in_features, out_features):
+        if min(in_features, out_features, rank) < 1 or rank > min(in_features, out_features - pivoted):
             raise GfwsvdError(
-                f"LowRankLinear needs 1 <= rank <= min(in_features, out_features), got rank {rank} "
-                f"for {in_features} -> {out_features}"
+                f"LowRankLinear needs 1 <= rank <= min(in_features, out_features), below out_features if pivoted, got "
+                f"rank {rank} for {in_features} -> {out_features}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        rows = out_features - rank if pivoted else out_features
+        self.up = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+        order = torch.empty(out_features, device=device, dtype=torch.int32) if pivoted else None
+        self.order: Tensor | None
+        self.register_buffer("order", order)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None = None) -> "LowRankLinear":
-        """The layer of the factors `up (D_OUT, R)` and `down (R, D_IN)`, which it takes as they are."""
-        layer = cls(down.shape[1], up.shape[0], down.shape[0], bias=bias is not None, device="meta")
-        layer.weight, layer.up = nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous())
+    def from_factors(
+        cls, up: Tensor, down: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+    ) -> "LowRankLinear":
+        """The layer of the factors `up (D_OUT, R)` and `down (R, D_IN)`, or with `order` of a pivoted form (D_OUT - R
+        rows of `up`), which it takes as they are."""
+        d_out = up.shape[0] if order is None else len(order)
+        pivoted, has_bias = order is not None, bias is not None
+        layer = cls(down.shape[1], d_out, down.shape[0], pivoted=pivoted, bias=has_bias, device="meta")
+        layer.weight, layer.up, layer.order = nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous()), order
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
 
+    @property
+    def kind(self) -> str:
+        """What a checkpoint calls the layer: "lowrank" or "pivoted"."""
+        return "lowrank" if self.order is None else "pivoted"
+
+    @property
+    def stored(self) -> int:
+        """Numbers that the layer stores in place of a weight."""
+        return self.weight.numel() + self.up.numel() + (0 if self.order is None else self.order.numel())
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.weight), self.up, self.bias)
+        z = F.linear(x, self.weight)
+        if self.order is None:
+            return F.linear(z, self.up, self.bias)
+        y = torch.cat((z, F.linear(z, self.up)), -1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (D_OUT, D_IN) that the factors stand for, detached, multiplied in `dtype` (default: their own)."""
+        up, down = self.up.detach().to(dtype), self.weight.detach().to(dtype)
+        return up @ down if self.order is None else torch.cat((down, up @ down))[self.order]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return sizes if self.order is None else f"{sizes}, pivoted=True"
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ One definition of the ratio everywhere: `keep` is the number of parameters store
 the number that the dense ones have. No allocation exceeds it.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,15 +14,23 @@ from torch import Tensor
 from .errors import GfwsvdError
 
 RANKS = ("uniform", "global")
+STORAGE = ("pivoted", "factors")  # how a low-rank layer is stored
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer in the allocation; `spectrum` holds its whitened singular values, descending, (min(D_OUT, D_IN),)."""
+    """A layer in the allocation.
+
+    Attributes:
+        spectrum: its whitened singular values, descending, (min(D_OUT, D_IN),).
+        pivoted: whether ranks are stored in the pivoted form (`pivot.py`), with the order of its outputs, where that is
+            less than two factors.
+    """
 
     d_out: int
     d_in: int
     spectrum: Tensor
+    pivoted: bool = False
 
     @property
     def dense(self) -> int:
@@ -30,16 +39,29 @@ class Candidate:
     @property
     def largest_rank(self) -> int:
         """The largest rank that stores less than the dense weight, which is exact; 0 where none does."""
-        return (self.dense - 1) // (self.d_out + self.d_in)
+        return self.largest_within(self.dense - 1)
+
+    def largest_within(self, budget: int) -> int:
+        """The largest rank below D_OUT and D_IN that stores no more than `budget`; 0 where none does."""
+        return bisect_right(range(1, min(self.d_out, self.d_in)), budget, key=self.stored)
+
+    def pivots(self, rank: int) -> bool:
+        """Whether `rank` is stored in the pivoted form."""
+        return self.pivoted and rank**2 > self.d_out
 
     def stored(self, rank: int | None) -> int:
-        """Parameters stored at `rank`, or dense when it is None."""
-        return self.dense if rank is None else rank * (self.d_out + self.d_in)
+        """Parameters stored at `rank`, or dense when it is None; it grows with the rank."""
+        return self.dense if rank is None else stored(self.d_out, self.d_in, rank, self.pivots(rank))
 
     def tails(self) -> Tensor:
         """Loss at each rank 0 .. min(D_OUT, D_IN), float64."""
         energy = self.spectrum.double().square()
         return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+def stored(d_out: int, d_in: int, rank: int, pivoted: bool) -> int:
+    """Numbers that a layer stores at `rank`, the order of the outputs of a pivoted one included."""
+    return rank * (d_in + d_out - rank) + d_out if pivoted else rank * (d_in + d_out)
 
 
 def check_keep(keep: float) -> None:
@@ -56,6 +78,12 @@ def check_ranks(ranks: str, rank_multiple: int) -> None:
         raise GfwsvdError(f"ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
     if rank_multiple < 1:
         raise GfwsvdError(f"rank multiple must be at least 1, got {rank_multiple}")
+
+
+def check_storage(storage: str) -> None:
+    """GfwsvdError unless `storage` is one of `STORAGE`."""
+    if storage not in STORAGE:
+        raise GfwsvdError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
 
 
 def allocate(
@@ -83,7 +111,7 @@ def allocate(
 
 
 def _uniform(name: str, layer: Candidate, keep: float, multiple: int) -> int:
-    affordable = int(keep * layer.dense) // (layer.d_out + layer.d_in)  # the division of integers rounds nothing up
+    affordable = layer.largest_within(int(keep * layer.dense))
     if affordable < 1:
         raise GfwsvdError(
             f"keep {keep} of layer {name} ({layer.d_out} x {layer.d_in}) is less than rank 1 stores; raise keep, "

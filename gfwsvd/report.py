@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__
 from .compress import CompressionReport, LayerReport
 from .errors import GfwsvdError
-from .figures import diagnostics, perplexity_by_size, predicted_losses, rank_share, rank_shares, spectra
+from .figures import diagnostics, perplexity_by_size, predicted_losses, spectra, stored_share, stored_shares
 
 _OPEN_REPORTS = 3  # with more, each is folded away until it is clicked
 _LIGHT = "#1d4ed8 #b45309 #15803d #9333ea #dc2626 #0e7490 #854d0e #475569".split()
@@ -126,7 +126,7 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
     parts = [
         f"<p>{_summary(report)}</p>",
         *(f"<p>{count} left dense, each because {_text(reason)}.</p>" for reason, count in reasons.items()),
-        _figure(rank_shares(report), "Chosen rank by layer, as a share of the rank at which a layer saves nothing."),
+        _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
         _figure(spectra(report), "Singular values of the whitened weights; what lies right of a dot is dropped."),
         _figure(diagnostics(report), "How sound the metrics are: Kronecker fit, convergence, conditions, damping."),
@@ -155,7 +155,7 @@ def _summary(report: CompressionReport) -> str:
 def _layers(layers: Sequence[LayerReport]) -> str:
     return _table(
         "The linear layers in the model's order",
-        ["layer", "in", "out", "rank", "share of break-even", "parameters", "predicted loss"]
+        ["layer", "in", "out", "rank", "share stored", "parameters", "predicted loss"]
         + ["Kronecker misfit", "last turn", "condition, out", "condition, in", "damping, out", "damping, in"],
         (
             [
@@ -163,7 +163,7 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                 _number(layer.d_in, ","),
                 _number(layer.d_out, ","),
                 "dense" if layer.rank is None else _number(layer.rank, ","),
-                _number(rank_share(layer), ".3f"),
+                _number(stored_share(layer), ".3f"),
                 _number(layer.stored, ","),
                 _number(layer.predicted_loss, ".3g"),
                 _number(layer.kronecker_residual, ".3f"),

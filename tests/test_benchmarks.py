@@ -61,9 +61,14 @@ def test_quality_adds_the_missing_rows_only(workspace, tmp_path, monkeypatch):
     table = written.read_text().splitlines()
     assert table[0].count("|") == table[1].count("|") == 4 and "uniform 0.8 | global 0.8" in table[0]
     shown = {row["method"]: f"{row['perplexity']:.1f} ({row['kl']:.2f})" for row in record.read(results)[1:3]}
-    assert all(text in next(line for line in table if f"`{method}`" in line) for method, text in shown.items())
+    assert all(
+        text in next(line for line in table if line.startswith(f"| {method} |")) for method, text in shown.items()
+    )
     run(monkeypatch, quality, *options, "--window", 32, "--keep", 0.8, "--methods", "svd")
     assert [row["windows"] for row in record.read(results)[7:]] == [[2, 32]] * 3, "other settings make other rows"
+    run(monkeypatch, quality, *options, "--keep", 0.8, "--methods", "svd", "--ranks", "global", "--storage", "factors")
+    assert record.read(results)[-1]["storage"] == "factors"
+    assert any(line.startswith("| svd, two factors |") for line in written.read_text().splitlines())
     with pytest.raises(SystemExit, match="is not of this text"):
         run(monkeypatch, quality, *options, "--seq-len", 16)
 

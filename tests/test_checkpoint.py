@@ -383,6 +383,7 @@ def test_inspect_does_without_the_manifest(tmp_path):
         ({"layers": {"a": {"kind": "lowrank", "rank": 0}}}, "layer a: expected kind"),
         ({"layers": {"a": {"kind": "lowrank", "rank": True}}}, "layer a: expected kind"),
         ({"layers": {"a": {"kind": "lowrank", "rank": "2"}}}, "layer a: expected kind"),
+        ({"layers": {"a": {"kind": "pivoted"}}}, "layer a: expected kind"),
         ({"layers": {"a": "dense"}}, "layer a: expected kind"),
     ],
 )
@@ -411,6 +412,32 @@ def test_tensors_that_do_not_fit_the_section_are_refused(tmp_path, tensors, mess
     changed = {name: tensor for name, tensor in {**TENSORS, **tensors}.items() if tensor is not None}
     with pytest.raises(GfwsvdError, match=message):
         inspect(checkpoint(tmp_path, tensors=changed))
+
+
+PIVOTED = {"a": {"kind": "pivoted", "rank": 2}}
+PIVOTED_TENSORS = {"a.weight": torch.ones(2, 8), "a.up": torch.ones(4, 2), "a.order": torch.arange(6).int()}
+
+
+def test_a_pivoted_layer_is_counted_with_the_order_of_its_outputs(tmp_path):
+    found = inspect(checkpoint(tmp_path, section={**SECTION, "layers": PIVOTED}, tensors=PIVOTED_TENSORS))
+    assert found["layers"] == [{"name": "a", "kind": "pivoted", "rank": 2, "stored": 16 + 8 + 6, "dense": 48}]
+    assert found["model_stored"] == 30 and found["model_dense"] == 48
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.order": None}, r"tensor a\.order is missing"),
+        ({"a.order": torch.ones(2, 3)}, r"a\.order should be a vector"),
+        ({"a.order": torch.arange(7).int()}, r"a\.up should be \(5, 2\) by config\.json, got \(4, 2\)"),
+        ({"a.order": torch.arange(2).int()}, r"layer a of shape \(2, 8\) cannot have rank 2"),
+        ({"a.up": torch.ones(6, 2)}, r"a\.up should be \(4, 2\) by config\.json, got \(6, 2\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_pivoted_layer_are_refused(tmp_path, tensors, message):
+    changed = {name: tensor for name, tensor in {**PIVOTED_TENSORS, **tensors}.items() if tensor is not None}
+    with pytest.raises(GfwsvdError, match=message):
+        inspect(checkpoint(tmp_path, section={**SECTION, "layers": PIVOTED}, tensors=changed))
 
 
 def test_tensors_that_do_not_fit_the_model_are_refused(tmp_path):

@@ -44,7 +44,7 @@ def test_the_whole_way_from_statistics_to_evaluation(workspace, tmp_path):
         "compress", workspace / "model", "--method", "gfwsvd", "--keep", "0.8", "--ranks", "global",
         "--rank-multiple", "2", "--stats", workspace / "stats", "--out", tmp_path / "out",
     )  # fmt: skip
-    assert 0.7 < compressed["kept"] <= 0.8 and compressed["lowrank_layers"] > 0
+    assert 0.7 < compressed["kept"] <= 0.8 and compressed["kinds"]["pivoted"] > 0
     assert compressed["stored"] / compressed["dense"] == pytest.approx(compressed["kept"])
     assert compressed["provenance"]["text"] == "text.txt" and compressed["provenance"]["tokens"] == 128
 

@@ -17,6 +17,7 @@ from gfwsvd.compress import CompressionReport, LayerReport, compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.hf import inspect, save_pretrained
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
+from gfwsvd.pivot import pivoted
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,7 @@ KINDS = ("llama", "gpt2", "opt")
 
 
 def compress_by_hand(model: nn.Module) -> CompressionReport:
-    """Gives two layers of three their best low-rank factors, of ranks 8 and 12; the third stays dense."""
+    """Gives two layers of three their best factors, of ranks 8 and 12, the latter pivoted; the third stays dense."""
     layers = []
     for index, (name, module) in enumerate(find_linears(model).items()):
         weight = dense_weight(module)
@@ -35,22 +36,27 @@ def compress_by_hand(model: nn.Module) -> CompressionReport:
             continue
         rank = 8 + 4 * (index % 2)
         u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
-        up, down = ((u[:, :rank] * s[:rank]).to(weight.dtype), v[:rank].to(weight.dtype))
-        model.set_submodule(name, LowRankLinear.from_factors(up, down, module.bias))
-        layers.append(LayerReport(name, "lowrank", d_in, d_out, rank, rank * (d_out + d_in), dense))
+        up, down, order = u[:, :rank] * s[:rank], v[:rank], None
+        if index % 2:
+            form = pivoted(up, down)
+            up, down, order = form.up, form.down, form.order()
+        layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), module.bias, order)
+        model.set_submodule(name, layer)
+        layers.append(LayerReport(name, layer.kind, d_in, d_out, rank, layer.stored, dense))
     stored, dense = (sum(getattr(layer, count) for layer in layers) for count in ("stored", "dense"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if tensor.dim())
     return CompressionReport(
         method="svd",
         keep=0.5,
         kept=stored / dense,
         ranks="uniform",
         rank_multiple=4,
+        storage="pivoted",
         damping=0.0,
         stored=stored,
         dense=dense,
-        model_stored=parameters,
-        model_dense=parameters - sum(layer.stored - layer.dense for layer in layers if layer.kind == "lowrank"),
+        model_stored=numbers,
+        model_dense=numbers - stored + dense,
         predicts_loss=False,
         seconds=0.0,
         layers=layers,
@@ -124,7 +130,7 @@ def test_shards_give_bit_equal_logits(tmp_path):
     model = saved(tmp_path / "out", max_shard_size="50KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
-    assert inspect(tmp_path / "out")["model_stored"] == sum(parameter.numel() for parameter in model.parameters())
+    assert inspect(tmp_path / "out")["model_stored"] == sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,6 +254,18 @@ UP = "model.layers.0.self_attn.q_proj.up"
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
+ORDER = "model.layers.0.self_attn.k_proj.order"  # of a pivoted layer
+
+
+@pytest.mark.parametrize("order", [[0] * 32, [*range(31), 32], [*range(31), -1]])
+def test_an_order_that_is_none_is_refused_before_it_is_used_as_an_index(tmp_path, order):
+    saved(tmp_path / "out")
+    change_tensors(tmp_path / "out", **{ORDER: torch.tensor(order, dtype=torch.int32)})
+    (tmp_path / "out" / "gfwsvd.json").unlink()  # its digest would tell first
+    with pytest.raises(GfwsvdError, match=rf"{ORDER} should hold each of 0 to 31 once"):
+        load(tmp_path / "out")
+
+
 def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     file = folder / "model.safetensors"
     tensors = {**load_file(file), **changes}
@@ -336,7 +354,7 @@ def test_a_report_of_another_model_is_refused(tmp_path):
     with pytest.raises(GfwsvdError, match="the report is not of this model: layer model.layers.0.self_attn.q_proj"):
         save_pretrained(tiny_model("llama"), tmp_path / "out", report=report)
     report.layers[0].rank = 9
-    with pytest.raises(GfwsvdError, match="has rank 8 in the model and rank 9 in the report"):
+    with pytest.raises(GfwsvdError, match="is lowrank of rank 8 in the model and lowrank of rank 9 in the report"):
         save_pretrained(model, tmp_path / "out", report=report)
     assert os.listdir(tmp_path) == []
 

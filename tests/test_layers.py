@@ -6,6 +6,7 @@ from torch import nn
 
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears, is_linear
+from gfwsvd.pivot import pivoted
 from tiny_models import tiny_model
 
 
@@ -34,6 +35,29 @@ def test_an_empty_layer_of_the_same_sizes_takes_the_state_of_another(bias):
     target.load_state_dict(source.state_dict())
     x = torch.randn(4, 5)
     assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pivoted_layer_is_the_dense_layer_of_its_product(bias):
+    form = pivoted(torch.randn(6, 3), torch.randn(3, 5))
+    up, down = form.up.float(), form.down.float()
+    layer = LowRankLinear.from_factors(up, down, torch.randn(6) if bias else None, form.order())
+    x = torch.randn(2, 4, 5)
+    dense = torch.nn.functional.linear(x, layer.product(), layer.bias)
+    torch.testing.assert_close(layer(x), dense, rtol=1e-5, atol=1e-5)
+    assert (layer.in_features, layer.out_features, layer.rank, layer.kind) == (5, 6, 3, "pivoted")
+    assert layer.stored == 3 * 5 + 3 * 3 + 6
+    other = LowRankLinear(5, 6, 3, pivoted=True, bias=bias)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    layer(x).square().sum().backward()
+    assert layer.weight.grad.abs().min() > 0 and layer.up.grad.abs().min() > 0
+
+
+def test_a_pivoted_layer_needs_an_output_besides_its_pivots():
+    with pytest.raises(GfwsvdError, match="below out_features if pivoted, got rank 4 for 5 -> 4"):
+        LowRankLinear(5, 4, 4, pivoted=True)
+    assert LowRankLinear(5, 4, 4).rank == 4
 
 
 def test_a_dense_reader_of_its_weight_meets_the_wrong_shape():

@@ -18,6 +18,7 @@ LAYERS = {
     "gfwsvd.folders": 1,
     "gfwsvd.metrics": 1,
     "gfwsvd.whiten": 1,
+    "gfwsvd.pivot": 1,
     "gfwsvd.ranks": 1,
     "gfwsvd.factorize": 1,
     "gfwsvd.statistics": 2,

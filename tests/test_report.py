@@ -12,7 +12,7 @@ import pytest
 
 from gfwsvd.compress import CompressionReport, LayerReport
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.figures import layers_by_kind, perplexity_by_size, rank_share
+from gfwsvd.figures import layers_by_kind, perplexity_by_size, stored_share
 from gfwsvd.report import write_report
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -33,7 +33,8 @@ def layer(name: str, *, rank: int | None = 16, method: str = "gfwsvd") -> LayerR
 def report(layers: list[LayerReport], *, method: str = "gfwsvd", **values: object) -> CompressionReport:
     stored, dense = sum(x.stored for x in layers), sum(x.dense for x in layers)
     fields = {
-        "method": method, "keep": 0.8, "kept": stored / dense, "ranks": "global", "rank_multiple": 8, "damping": 0.01,
+        "method": method, "keep": 0.8, "kept": stored / dense, "ranks": "global", "rank_multiple": 8,
+        "storage": "pivoted", "damping": 0.01,
         "stored": stored, "dense": dense, "model_stored": stored + 1000, "model_dense": dense + 1000,
         "predicts_loss": method == "gfwsvd", "seconds": 2.5, "layers": layers,
         "provenance": {"settings": {"unit": "token"}, "unreached": ["a", "b"], "data_sha256": "0f"},
@@ -211,10 +212,10 @@ def test_past_twelve_kinds_the_rest_goes_together():
     assert len(kinds) == 12 and len(kinds["other"]) == 29
 
 
-def test_rank_share_is_one_where_nothing_is_saved():
-    assert rank_share(layer("a", rank=None)) == 1
+def test_the_stored_share_is_one_where_nothing_is_saved():
+    assert stored_share(layer("a", rank=None)) == 1
     even = LayerReport("a", "lowrank", 64, 64, 32, 32 * 128, 64 * 64)
-    assert rank_share(even) == even.stored / even.dense == 1
+    assert stored_share(even) == even.stored / even.dense == 1
 
 
 def test_nothing_to_report_is_an_error(tmp_path):
