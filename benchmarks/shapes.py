@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -128,21 +127,16 @@ class Grid(NamedTuple):
         return list(dict.fromkeys((name, run[0].d_in, tuple(one.d_out for one in run)) for name, run in runs))
 
 
-def rank(d_out: int, d_in: int, keep: float) -> int:
-    """The rank of a layer by the uniform rule, a multiple of 16 wherever the layer can afford one."""
-    candidate = Candidate(d_out, d_in, torch.empty(0))  # the uniform rule asks for no spectrum
+def rank(d_out: int, d_in: int, keep: float, pivoted: bool = False) -> int:
+    """The rank of a layer by the uniform rule, a multiple of 16 wherever the layer can afford one.
+
+    In the pivoted form R (D_IN + D_OUT - R) numbers are stored, so the same share of them has a higher rank.
+    """
+    candidate = Candidate(d_out, d_in, torch.empty(0), pivoted)  # the uniform rule asks for no spectrum
     found = allocate({"layer": candidate}, keep=keep, ranks="uniform", rank_multiple=RANK_MULTIPLE)["layer"]
     if found is None:
         raise ValueError(f"keep {keep} leaves a layer of {d_out} x {d_in} dense: measure the shares below 1")
     return found
-
-
-def pivoted_rank(d_out: int, d_in: int, keep: float) -> int:
-    """The largest rank R with R (D_IN + D_OUT - R) <= keep D_IN D_OUT, a multiple of 16 wherever that is possible."""
-    both, budget = d_in + d_out, int(keep * d_in * d_out)
-    found = (both - isqrt(both**2 - 4 * budget)) // 2
-    found -= found * (both - found) > budget  # the root was rounded down
-    return max(found // RANK_MULTIPLE * RANK_MULTIPLE, min(found, RANK_MULTIPLE), 1)
 
 
 def square_cases(grid: Grid) -> Iterator[Case]:
@@ -173,10 +167,12 @@ def lowrank_cases(grid: Grid) -> Iterator[Case]:
 
 def group_cases(grid: Grid, *, pivoted: bool = False) -> Iterator[GroupCase]:
     """Every group of layers at every share kept, few tokens first; gate and up come with their activation."""
-    of = pivoted_rank if pivoted else rank
     return (
-        GroupCase(tokens, name, d_in, d_outs, tuple(of(d, d_in, keep) for d in d_outs), pivoted, name == "gate_up")
+        GroupCase(
+            tokens, name, d_in, d_outs, tuple(rank(d, d_in, keep, pivoted) for d in d_outs), pivoted, name == "gate_up"
+        )
         for keep in grid.keeps
         for tokens in grid.tokens
         for name, d_in, d_outs in grid.groups()
+        for ranks in [tuple(rank(d_out, d_in, keep, pivoted) for d_out in d_outs)]
     )

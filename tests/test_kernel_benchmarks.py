@@ -21,7 +21,7 @@ from benchmarks.measure import ceilings as measured_ceilings
 from benchmarks.model import H200, Card, blocks_per_sm, predicted
 from benchmarks.providers import Missing, Provider, plain
 from benchmarks.registry import OPS
-from benchmarks.shapes import MODELS, Case, Grid, GroupCase, pivoted_rank, rank
+from benchmarks.shapes import MODELS, Case, Grid, GroupCase, rank
 from benchmarks.work import TorchWork, Work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,10 +247,10 @@ def test_ranks_follow_the_uniform_rule_in_multiples_of_sixteen():
 
 
 def test_the_rank_of_a_pivoted_layer_is_the_largest_of_its_stored_size():
-    assert pivoted_rank(4096, 4096, 0.8) == 2256  # 4096 (1 - sqrt(0.2)) is 2264.2
+    assert rank(4096, 4096, 0.8, pivoted=True) == 2256  # 4096 (1 - sqrt(0.2)) is 2264.2
     for d_out, d_in in Grid(MODELS["llama-3.1-8b"], [1]).shapes():
         for keep in (0.8, 0.7, 0.5):
-            found, budget = pivoted_rank(d_out, d_in, keep), keep * d_in * d_out
+            found, budget = rank(d_out, d_in, keep, pivoted=True), keep * d_in * d_out
             assert found % 16 == 0 and found > rank(d_out, d_in, keep)
             assert found * (d_in + d_out - found) <= budget < (found + 16) * (d_in + d_out - found - 16)
 
