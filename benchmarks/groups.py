@@ -34,10 +34,10 @@ def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
         "factors": [(p.down, p.up) for p in projections],
         "orders": [_order(p, device) for p in projections],
         "silu_mul": case.silu_mul,
-        "weight": torch.cat([_dense(p, dtype).down for p in projections]),
+        "weight": torch.cat([by.product(_whole_up(p), p.down) for p in projections]).to(dtype),
     }
     if case.pivoted:
-        found["unpivoted"] = _buffers([_dense(p, dtype, product=False) for p in projections], activation)
+        found["unpivoted"] = _buffers([Factors(p.down, _whole_up(p)) for p in projections], activation)
     return found | _buffers(projections, activation)
 
 
@@ -60,13 +60,12 @@ def _order(p: Factors, device: torch.device) -> Tensor | None:
     return order.to(device)
 
 
-def _dense(p: Factors, dtype: torch.dtype, product: bool = True) -> Factors:
-    """The same map without pivots: `down` (D_OUT, D_IN) whole if `product`, else down and an `up` (D_OUT, R)."""
-    up = p.up
-    order = _order(p, up.device)
-    if order is not None:
-        up = torch.cat((torch.eye(up.shape[1], dtype=dtype, device=up.device), up))[order]
-    return Factors(by.product(up, p.down).to(dtype), up) if product else Factors(p.down, up)
+def _whole_up(p: Factors) -> Tensor:
+    """(D_OUT, R): with it the projection computes the same without pivots."""
+    order = _order(p, p.up.device)
+    if order is None:
+        return p.up
+    return torch.cat((torch.eye(p.up.shape[1], dtype=p.up.dtype, device=p.up.device), p.up))[order]
 
 
 def _buffers(projections: Sequence[Factors], activation: str | None) -> Inputs:
@@ -120,12 +119,19 @@ def _dense_call(i: Inputs) -> Tensor:
 _ARGUMENTS = ("x", "factors", "orders", "silu_mul")
 
 
+def _two_matmuls(i: Inputs) -> Tensor:
+    return apart(*(i[name] for name in _ARGUMENTS))
+
+
 def _separate(device: torch.device) -> Call:
     """The kernel of `lowrank_linear`, two launches a projection; its definition on a CPU."""
-    linear: Linear = F.linear
-    if device.type == "cuda":
-        launch = import_module("gfwsvd_kernels.lowrank").linear
-        linear = lambda x, weight: launch(x, weight, None, out_dtype=x.dtype)  # noqa: E731
+    if device.type != "cuda":
+        return _two_matmuls
+    launch = import_module("gfwsvd_kernels.lowrank").linear
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return launch(x, weight, None, out_dtype=x.dtype)
+
     return lambda i: apart(*(i[name] for name in _ARGUMENTS), linear)
 
 
@@ -203,7 +209,7 @@ PIVOTED_PROVIDERS: dict[str, Provider] = {
     "ours_cuda_decode": in_cuda("decode", FEW_TOKENS),
     "ours_cuda_persistent": in_cuda("persistent", SOME_TOKENS),
     "dense": by.plain(_dense_call),
-    "two_matmuls": by.plain(lambda i: apart(*(i[name] for name in _ARGUMENTS))),
+    "two_matmuls": by.plain(_two_matmuls),
     "compiled": by.compiled(apart, *_ARGUMENTS),
     "separate": Provider(_separate),
 }

@@ -179,6 +179,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--tokens, --seq-len and --sets must be at least 1")
     if not all(0 < keep < 1 for keep in arguments.keep):
         parser.error(f"--keep must be shares between 0 and 1, got {arguments.keep}")
+    if unknown := set(arguments.providers or ()) - {name for op in arguments.op for name in OPS[op].providers}:
+        parser.error(f"no provider {', '.join(sorted(unknown))} in {', '.join(arguments.op)}")
     for op in arguments.op:
         known = OPS[op].providers
         if arguments.base and arguments.base not in known:
