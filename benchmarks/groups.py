@@ -175,7 +175,7 @@ def in_cuda(name: str, most_tokens: int) -> Provider:
 
         def call(i: Inputs) -> Tensor:
             _at_most(most_tokens, i)
-            if not extension.fits(i["x"], i["layout"]):
+            if not extension.fits(name, i["x"], i["layout"]):
                 raise Missing("does not take this dtype or these sizes")
             y = i["x"].new_empty(len(i["x"]), i["layout"].out_width)
             getattr(extension, name)(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"], y)

@@ -90,7 +90,7 @@ def test_every_way_through_a_group_is_right(monkeypatch, tmp_path, tokens):
 def test_the_extension_is_measured_where_it_is_built_and_fits(monkeypatch):
     cuda, i = torch.device("cuda"), {"x": torch.ones(3, 8), "layout": SimpleNamespace(out_width=5)}
     i |= dict.fromkeys(("down", "up", "bias", "table", "workspace"))
-    extension = SimpleNamespace(available=lambda device: False, fits=lambda x, layout: False)
+    extension = SimpleNamespace(available=lambda device: False, fits=lambda kernel, x, layout: False)
     extension.decode = lambda *arguments: arguments[-1].fill_(7)
     monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", extension)
     with pytest.raises(Missing, match="was not built"):
@@ -98,7 +98,7 @@ def test_the_extension_is_measured_where_it_is_built_and_fits(monkeypatch):
     extension.available = lambda device: True
     with pytest.raises(Missing, match="does not take this dtype"):
         in_cuda("decode", 8).load(cuda)(i)
-    extension.fits = lambda x, layout: True
+    extension.fits = lambda kernel, x, layout: kernel == "decode"
     with pytest.raises(Missing, match="at most 2 tokens"):
         in_cuda("decode", 2).load(cuda)(i)
     assert torch.equal(in_cuda("decode", 8).load(cuda)(i), torch.full((3, 5), 7.0))
