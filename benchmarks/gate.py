@@ -18,8 +18,7 @@ class Gate:
 
     def __init__(self, op: Op, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.op, self.limit = op, LIMITS[dtype]
-        tokens = min(case.tokens, MAX_TOKENS[device.type])
-        self.inputs = op.inputs(case._replace(tokens=tokens, seq_len=min(case.seq_len, tokens)), dtype, device)
+        self.inputs = op.inputs(case.with_tokens(min(case.tokens, MAX_TOKENS[device.type])), dtype, device)
         self.expected = self._relevant(op.oracle(self.inputs))
 
     def _relevant(self, result: Tensor) -> Tensor:

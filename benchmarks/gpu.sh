@@ -1,67 +1,130 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, held under eight minutes by time limits: the tests of the kernels, memory and race checks, all
-# benchmarks, the predictions beside them. Installs nothing. Results go to $OUT, or else to benchmarks/results.
+# Everything that needs a GPU, held under eight minutes by time limits: the extension, the tests of the kernels, memory and
+# race checks, all benchmarks, the predictions beside them, tables. It needs no network and installs nothing. Results go to
+# $OUT, or else to benchmarks/results.
 #   PYTHON=python3 OUT=folder benchmarks/gpu.sh
+#   benchmarks/gpu.sh --dry-run      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
-budget=370 # seconds after which no further benchmark is begun; with the limits of all steps 470 at most
-export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1
+last_benchmark=370 # seconds after which no benchmark is begun
+deadline=470       # seconds after which nothing runs any more: what a step may take is cut to what is left
+export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
 unset TRITON_INTERPRET
+dry=
+case "${1:-}" in
+    --dry-run) dry=1 deadline=$((5 * deadline)) ;; # who shares a CPU may take longer
+    ?*) echo "unknown argument $1; it takes --dry-run or nothing" >&2; exit 2 ;;
+esac
 
-"$python" - <<'CHECK' || exit 2
+results=$("$python" - "$dry" <<'CHECK'
 import sys
 
 try:
     import hypothesis, pytest, safetensors, torch, triton
+    from benchmarks.record import file_name
 except ImportError as error:
     sys.exit(f"{error}: {sys.executable} lacks what the GPU runs need; name another: make gpu PYTHON=/path/to/python")
-if not torch.cuda.is_available():
+if not sys.argv[1] and not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU: check nvidia-smi and the build of torch")
+print(file_name("kernels"))
 CHECK
+) || exit 2
 mkdir -p "$out"
+has() { "$python" -c "import $1" 2>/dev/null; }
 
 failed=()
 # step NAME SECONDS LOG COMMAND...: runs on after a failure, and remembers it
 step() {
     local name=$1 limit=$2 log=$out/$3
     shift 3
+    [ ! "$dry" ] || limit=$((5 * limit))
+    [ "$limit" -le $((deadline - SECONDS)) ] || limit=$((deadline - SECONDS))
     echo "== $name (at most $limit s; $SECONDS s so far)"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"
-    [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$name")
+    [ "$limit" -gt 0 ] || { failed+=("$name: no time left"); return; }
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log"
+    local status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || failed+=("$name: exit status $status")
 }
 rm -f "$out"/{tests,checks,kernels,model}.log
 
-step "tests on the GPU" 120 tests.log "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py
-step "tests of every kernel" 100 tests.log "$python" -m pytest -q -p no:cacheprovider tests/kernels \
+# What to run, and how small a dry run is
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+build=(env GFWSVD_BUILD_CUDA=1 "$python" setup.py --quiet build_ext --inplace)
+cases=(--keep 0.8 0.5)
+timing=(--seconds 0.3)
+predicted=("${cases[@]}")
+interpreter=()
+if [ "$dry" ]; then
+    pytest+=(--collect-only -q)
+    build=("$python" setup.py --quiet build_ext --inplace)
+    cases=(--shapes tiny --keep 0.1 --tokens 4 --seq-len 4 --device cpu) # few ranks: the interpreter is slow
+    timing=(--seconds 0 --sets 1)
+    predicted=(--shapes tiny --keep 0.1 --tokens 4 --op lowrank_linear)
+    interpreter=(env TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1)
+elif has xdist; then
+    pytest+=(-n 8) # compiling the kernels is what takes the time
+fi
+
+if [ "$dry" ] || command -v nvcc >/dev/null; then
+    step "build of the extension" 90 tests.log "${build[@]}"
+else
+    echo "== nvcc is not on the PATH: no extension" | tee -a "$out/tests.log"
+fi
+step "tests on the GPU" 75 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels/test_cuda.py
+step "tests of every kernel" 50 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels \
     --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_aot.py
 
-if command -v compute-sanitizer >/dev/null; then
-    mapfile -t names < <(grep -rhoE '^def [a-z_0-9]+_kernel\(' kernels/gfwsvd_kernels | sed -E 's/def |\(//g')
-    only=() # the kernels of this project, not those of torch
-    for name in "${names[@]}"; do only+=(--kernel-name "kernel_substring=$name"); done
-    small=(-m benchmarks.run --gate-only --providers ours --shapes tiny --tokens 200 --seq-len 90 --keep 0.8)
-    for tool in memcheck racecheck; do
+# The kernels of this project, not those of torch
+mapfile -t names < <("$python" -m benchmarks.kernel_names)
+[ ${#names[@]} -gt 0 ] || failed+=("names of the kernels: none found")
+ways=(ours ours_split_rank ours_persistent ours_matmuls ours_cuda_decode ours_cuda_persistent)
+groups=(lowrank_group lowrank_group_pivoted)
+mapfile -t others < <("$python" -c '
+from benchmarks.registry import OPS
+print(*(op for op in OPS if not op.startswith("lowrank_group")), sep="\n")')
+small=(-m benchmarks.run --gate-only --shapes tiny --keep 0.8)
+tokens=(--tokens 200 --seq-len 90)
+few=(--tokens 5 40 200)
+if [ "$dry" ]; then
+    small+=(--device cpu)
+    tokens=(--tokens 4 --seq-len 3)
+    few=(--tokens 3 --keep 0.1)
+    ways=(ours) # the benchmarks run the others
+fi
+# check TOOL SECONDS: the tool over every kernel at small sizes
+check() {
+    local tool=("${interpreter[@]}") name
+    if [ ! "$dry" ]; then
         # memory that torch keeps for itself would hide accesses beyond a tensor
-        step "$tool" 60 checks.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}" "$python" "${small[@]}"
-    done
+        tool=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1)
+        for name in "${names[@]}"; do tool+=(--kernel-name "kernel_substring=$name"); done
+    fi
+    step "$1" "$2" checks.log "${tool[@]}" "$python" "${small[@]}" --op "${others[@]}" --providers ours "${tokens[@]}"
+    step "$1 of groups" "$2" checks.log \
+        "${tool[@]}" "$python" "${small[@]}" --op "${groups[@]}" --providers "${ways[@]}" "${few[@]}"
+}
+if [ "$dry" ] || command -v compute-sanitizer >/dev/null; then
+    check memcheck 35
+    check racecheck 20 # what memcheck ran is compiled by now
 else
     echo "== compute-sanitizer is not on the PATH: no memory and race checks" | tee -a "$out/checks.log"
 fi
 
-limit=$((budget - SECONDS))
-step benchmarks $((limit + 40)) kernels.log "$python" -m benchmarks.run --limit "$limit" --results "$out/kernels.jsonl"
-step predictions 30 model.log "$python" -m benchmarks.model --results "$out/kernels.jsonl"
+limit=$((last_benchmark - SECONDS))
+[ "$limit" -ge 30 ] || limit=30
+step benchmarks $((limit + 30)) kernels.log "${interpreter[@]}" "$python" -m benchmarks.run \
+    "${cases[@]}" "${timing[@]}" --limit "$limit" --results "$out/$results"
+step predictions 45 model.log "$python" -m benchmarks.model "${predicted[@]}" --results "$out/$results"
 picture=()
-if "$python" -c 'import matplotlib' 2>/dev/null; then
+if has matplotlib; then
     picture=(--roofline "$out/roofline.png")
 else
-    echo "== no matplotlib: draw later with python -m benchmarks.tables kernels.jsonl --roofline roofline.png"
+    echo "== no matplotlib: draw later with python -m benchmarks.tables $results --roofline roofline.png"
 fi
-step table 30 kernels.log "$python" -m benchmarks.tables "$out/kernels.jsonl" --markdown "$out/kernels.md" "${picture[@]}"
+step tables 25 kernels.log "$python" -m benchmarks.tables "$out/$results" --markdown "$out/kernels.md" "${picture[@]}"
 
 echo "== $SECONDS s; results in $out"
 [ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[@]}" >&2; exit 1; }

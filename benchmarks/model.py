@@ -1,6 +1,7 @@
 """A prediction for each kernel before there is a GPU: occupancy, waves and roofline. It measures nothing.
 
     python -m benchmarks.model --op gram_accumulate --results FILE    # beside what was measured, if anything was
+    python -m benchmarks.model --break-even    # the share of the weights up to which a compressed layer is faster
 
 The launches are those that the operators would make on the reference card; their registers and shared memory are what
 the compiler makes of them. A launch takes the longest of its arithmetic, its traffic of memory and its traffic of the
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.registry import OPS
+from benchmarks.registry import OPS, AnyCase
 from benchmarks.run import DTYPES, OK, aligned, digits, track
-from benchmarks.shapes import KEEPS, MODELS, Case, Grid
-from benchmarks.work import WORK, Work, cdiv
+from benchmarks.shapes import KEEPS, MODELS, Grid, Layer
+from benchmarks.work import WORK, TorchWork, Work, cdiv
 
+KEEPS_TRIED = tuple(number / 100 for number in range(98, 8, -2))
+EVEN_HEADINGS = ("op", "layer", "tokens", "dense µs", "faster from keep", "ours µs there")
 HEADINGS = (
     "op", "shape", "GFLOP", "MB", "launches", "longest", "registers", "shared KB", "blocks/SM", "waves", "bound by",
     "floor µs", "predicted µs", "measured µs", "measured/predicted",
@@ -86,14 +89,23 @@ def predicted(work: Work, per_sm: int, num_stages: int, card: Card = H200) -> tu
     return bound, times[bound] + card.launch_us
 
 
-def predictions(op: str, case: Case, dtype: torch.dtype, compiled: dict[Any, Any]) -> list[Prediction]:
-    """One for each Triton launch that the operator makes; `compiled` keeps what was compiled for other cases."""
+def predictions(
+    op: str, case: AnyCase, dtype: torch.dtype, compiled: dict[Any, Any], provider: str = "ours"
+) -> list[Prediction]:
+    """One for each launch that a provider makes; `compiled` keeps what was compiled for other cases.
+
+    What torch launches has no registers here and no waves: its kernels are the BLAS's own.
+    """
     from gfwsvd_kernels import testing
 
-    call = OPS[op].providers["ours"].load(torch.device("cuda"))
-    with testing.recorded_launches() as launches:
-        call(OPS[op].inputs(case, dtype, torch.device("meta")))
+    call = OPS[op].providers[provider].load(torch.device("cuda"))
+    inputs = OPS[op].inputs(case, dtype, torch.device("meta"))
+    with testing.recorded_launches() as launches, TorchWork(H200.num_sms) as by_torch:
+        call(inputs)
     found = []
+    for name, work in by_torch.found:
+        bound, us = predicted(work, 1, 3)
+        found.append(Prediction(name, 0, 0, 0, 0.0, bound, us))
     for launch in launches:
         name = launch.kernel.__name__
         if name not in WORK:
@@ -104,25 +116,48 @@ def predictions(op: str, case: Case, dtype: torch.dtype, compiled: dict[Any, Any
         made = compiled[key]
         work = WORK[name](launch.arguments, launch.grid, case)
         per_sm = blocks_per_sm(made.registers, made.shared_bytes, launch.options["num_warps"])
-        bound, us = predicted(work, per_sm, launch.options["num_stages"])
+        bound, us = predicted(work, per_sm, launch.options.get("num_stages", 1))
         waves = work.blocks / (per_sm * H200.num_sms)
         found.append(Prediction(name, made.registers, made.shared_bytes, per_sm, waves, bound, us))
     return found
 
 
-def cells(op: str, case: Case, dtype: torch.dtype, launches: Sequence[Prediction], measured: float | None) -> list[str]:
+def cells(
+    op: str, case: AnyCase, dtype: torch.dtype, launches: Sequence[Prediction], measured: float | None
+) -> list[str]:
     """A case in the columns of `HEADINGS`: its longest launch, the floor of the operator, the sum of all launches."""
     top = max(launches, key=lambda launch: launch.us)
     flops, num_bytes = OPS[op].flops(case), OPS[op].bytes(case, dtype.itemsize)
     rate = H200.half_tflops if dtype.itemsize == 2 else H200.tf32_tflops / 3
     floor = max(flops / rate / 1e6, num_bytes / H200.hbm_gbs / 1e3)
     total = sum(launch.us for launch in launches)
+    resources = [str(top.registers), digits(top.shared_bytes / 1024), str(top.blocks_per_sm), f"{top.waves:.2f}"]
     return [
         op, case.label, digits(flops / 1e9), digits(num_bytes / 1e6), str(len(launches)), top.kernel,
-        str(top.registers), digits(top.shared_bytes / 1024), str(top.blocks_per_sm), f"{top.waves:.2f}", top.bound,
+        *(resources if top.blocks_per_sm else ["-"] * 4), top.bound,
         digits(floor), digits(total), "" if measured is None else digits(measured),
         "" if measured is None else f"{measured / total:.2f}",
     ]  # fmt: skip
+
+
+def break_even(op: str, layers: Sequence[Layer], tokens: Sequence[int], dtype: torch.dtype) -> list[list[str]]:
+    """For each layer or group and number of tokens the largest keep at which ours is predicted faster than dense."""
+    compiled: dict[Any, Any] = {}
+
+    def us(case: AnyCase, provider: str = "ours") -> float:
+        return sum(launch.us for launch in predictions(op, case, dtype, compiled, provider))
+
+    # Of one list of cases to the next nothing differs but how much is kept
+    by_keep = [list(OPS[op].cases(Grid(layers, tokens, [keep]))) for keep in KEEPS_TRIED]
+    lines = []
+    for number, case in enumerate(track(by_keep[0], f"{op}: break-even")):
+        dense, found = us(case, "dense"), ["none", ""]
+        for keep, cases in zip(KEEPS_TRIED, by_keep, strict=True):
+            if (ours := us(cases[number])) < dense:
+                found = [f"{keep:.2f}", digits(ours)]
+                break
+        lines.append([op, case.name, str(case.tokens), digits(dense), *found])
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--results", type=Path, help="JSON lines of benchmarks.run, for the measured column")
+    parser.add_argument("--break-even", action="store_true", help="from which keep on a layer is faster than dense")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("the model compiles the kernels, which Triton's interpreter does not: unset TRITON_INTERPRET")
@@ -151,6 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = [layer for model in arguments.shapes for layer in MODELS[model]]
     print("Predicted, not measured, for", H200)
     compiled: dict[Any, Any] = {}
+    if arguments.break_even:
+        for op in [op for op in arguments.op if "dense" in OPS[op].providers]:
+            tokens = arguments.tokens or OPS[op].tokens
+            print(aligned([EVEN_HEADINGS, *break_even(op, layers, tokens, dtype)]), end="\n\n", flush=True)
+        return 0
     for op in arguments.op:
         grid = Grid(layers, arguments.tokens or OPS[op].tokens, arguments.keep, arguments.seq_len)
         lines: list[Sequence[str]] = [HEADINGS]

@@ -4,6 +4,7 @@ A provider is loaded for a device and then called with the inputs of one problem
 it is loaded; what cannot run here says why with `Missing`.
 """
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -104,6 +105,20 @@ def _flash_muon(device: torch.device) -> Call:
     return lambda i: matmul_transpose(i["x"].mT)
 
 
+def needs_triton(device: torch.device) -> None:
+    """Stop a provider that launches Triton kernels where neither a GPU nor the interpreter could run them."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Missing("needs a GPU, or TRITON_INTERPRET=1")
+
+
+def _symmetric(device: torch.device) -> Call:
+    """One triangle of tiles, each written twice: what the kernels for Muon do, without their package."""
+    needs_triton(device)
+    symmetric_product = import_module("benchmarks.peers").symmetric_product
+    return lambda i: symmetric_product(i["x"])
+
+
+SYMMETRIC = Provider(_symmetric, adds=False)
 QUACK = Provider(_quack, adds=False)
 FLASH_MUON = Provider(_flash_muon, adds=False)
 

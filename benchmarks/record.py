@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -32,6 +33,14 @@ def provenance() -> dict[str, Any]:
         or os.environ.get("GFWSVD_COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def file_name(benchmark: str) -> str:
+    """The name of a results file of this GPU (or of the CPU), day and commit."""
+    about = provenance()
+    gpu = (about["gpu"] or "cpu").removeprefix("NVIDIA ").lower()
+    words = (re.sub(r"[^a-z0-9._]+", "-", word) for word in (benchmark, gpu, about["date"], about["commit"]))
+    return "-".join(words) + ".jsonl"
 
 
 def _command() -> str:

@@ -8,31 +8,36 @@ providers of a case can be compared by them.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import groups, shapes
 from benchmarks import providers as by
-from benchmarks import shapes
 from benchmarks.providers import Inputs, Provider
-from benchmarks.shapes import Case, Grid
+from benchmarks.shapes import Case, Grid, GroupCase
+
+AnyCase = Case | GroupCase
 
 
 @dataclass(frozen=True)
 class Op:
     """An operator. `base` is the provider that others are compared with; `least_sets` inputs rotate while it is timed.
 
-    `lower` says that the result is the lower triangle of `out`, to which the operator adds.
+    `headlines` are the cases that stand for it in the README. `lower` says that the result is the lower triangle of
+    `out`, to which the operator adds.
     """
 
-    cases: Callable[[Grid], Iterator[Case]]
+    cases: Callable[[Grid], Iterator[Any]]
     tokens: tuple[int, ...]
-    inputs: Callable[[Case, torch.dtype, torch.device], Inputs]
-    flops: Callable[[Case], int]
-    bytes: Callable[[Case, int], int]
+    inputs: Callable[[Any, torch.dtype, torch.device], Inputs]
+    flops: Callable[[Any], int]
+    bytes: Callable[[Any, int], int]
     oracle: Callable[[Inputs], Tensor]
     providers: dict[str, Provider]
     base: str
+    headlines: tuple[AnyCase, ...]
     lower: bool = False
     least_sets: int = 1
 
@@ -78,6 +83,7 @@ def gram_bytes(case: Case, size: int, *, operands: int = 1, weight: int = 0) -> 
     return case.tokens * (operands * case.d_in * size + weight) + 2 * 4 * _triangle(case.d_in)
 
 
+_SQUARE = (Case(8192, 4096, 4096),)
 _gram = by.ours("gram", "gram_accumulate", "out", "x", "weight", "other")
 _blas = {"mm": by.plain(by.mm, adds=False), "mm_add": by.plain(by.mm_add), "addmm": by.plain(by.addmm)}
 _gram_op = partial(
@@ -87,6 +93,7 @@ _gram_op = partial(
     flops=gram_flops,
     oracle=gram_oracle,
     base="mm",
+    headlines=_SQUARE,
     lower=True,
 )
 
@@ -159,6 +166,7 @@ _sequence_op = partial(
         "form_G_cast": by.plain(by.form_G_cast),
     },
     base="form_G",
+    headlines=(Case(8192, 4096, 4096, seq_len=512),),
     lower=True,
 )
 
@@ -187,11 +195,30 @@ def lowrank_bytes(case: Case, size: int) -> int:
     return (case.rank + case.tokens) * (case.d_in + case.d_out) * size
 
 
+# Groups of compressed layers
+
+
+def _gate_up(tokens: tuple[int, ...], pivoted: bool = False) -> tuple[GroupCase, ...]:
+    cases = shapes.group_cases(Grid(shapes.MODELS["llama-3.1-8b"], tokens, (0.8,)), pivoted=pivoted)
+    return tuple(case for case in cases if case.group == "gate_up")
+
+
+_group_op = partial(
+    Op,
+    tokens=(1, 8, 64, 4096),
+    inputs=groups.inputs,
+    flops=groups.flops,
+    bytes=groups.num_bytes,
+    oracle=groups.oracle,
+    base="dense",
+    least_sets=8,
+)
+
 OPS: dict[str, Op] = {
     "gram_accumulate": _gram_op(
         inputs=gram_inputs,
         bytes=gram_bytes,
-        providers={"ours": _gram, **_blas, "quack": by.QUACK, "flash_muon": by.FLASH_MUON},
+        providers={"ours": _gram, **_blas, "symmetric": by.SYMMETRIC, "quack": by.QUACK, "flash_muon": by.FLASH_MUON},
     ),
     "gram_accumulate_weighted": _gram_op(
         inputs=partial(gram_inputs, weighted=True),
@@ -216,6 +243,7 @@ OPS: dict[str, Op] = {
             "compiled": by.COMPILED_NAIVE,
         },
         base="naive",
+        headlines=_SQUARE,
     ),
     "sequence_unit_step": _sequence_op(inputs=sequence_inputs, flops=sequence_flops, bytes=sequence_bytes),
     "sequence_unit_step_identity": _sequence_op(
@@ -225,7 +253,7 @@ OPS: dict[str, Op] = {
     ),
     "lowrank_linear": Op(
         cases=shapes.lowrank_cases,
-        tokens=(1, 4, 8, 16, 64, 512, 4096),
+        tokens=(1, 8, 64, 4096),
         inputs=lowrank_inputs,
         flops=lambda case: 2 * case.tokens * case.rank * (case.d_in + case.d_out),
         bytes=lowrank_bytes,
@@ -237,6 +265,13 @@ OPS: dict[str, Op] = {
             "compiled": by.COMPILED_MATMULS,
         },
         base="dense",
+        headlines=(Case(1, 14336, 4096, rank=shapes.rank(14336, 4096, 0.8)),),
         least_sets=8,  # a layer's factors are read once a token and then pushed out of the cache by the other layers'
+    ),
+    "lowrank_group": _group_op(cases=shapes.group_cases, providers=groups.PROVIDERS, headlines=_gate_up((1, 64, 4096))),
+    "lowrank_group_pivoted": _group_op(
+        cases=partial(shapes.group_cases, pivoted=True),
+        providers=groups.PIVOTED_PROVIDERS,
+        headlines=_gate_up((1, 64, 4096), pivoted=True),
     ),
 }

@@ -3,10 +3,12 @@
     python -m benchmarks.run --op gram_accumulate lowrank_linear --shapes llama-3.1-8b --results FILE
 
 Every provider of an operator is checked against float64 first, then all that passed are timed in turn on the same
-inputs. The exit status is 1 if one computed something wrong or if ours failed. docs/kernels.md defines the columns.
+inputs. The exit status is 1 if one computed something wrong or if one of ours failed. docs/kernels.md defines the
+columns. The last line is a JSON object that says what measured.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -73,6 +75,7 @@ def measured(
     base: str,
     ceilings: dict[str, float] | None,
     seconds: float,
+    num_sets: int | None = None,
 ) -> list[dict[str, Any]]:
     """One row a provider. Without ceilings the gate is all there is."""
     spec, torch_dtype = OPS[op], DTYPES[dtype]
@@ -80,7 +83,7 @@ def measured(
     flops, num_bytes = spec.flops(case), spec.bytes(case, torch_dtype.itemsize)
     times: dict[str, measure.Timing] = {}
     if ceilings and passed:
-        num_sets = measure.number_of_sets(num_bytes, spec.least_sets, device)
+        num_sets = num_sets or measure.number_of_sets(num_bytes, spec.least_sets, device)
         sets = [spec.inputs(case, torch_dtype, device) for _ in range(num_sets)]
         timers = {}
         for name, call in passed.items():
@@ -161,24 +164,29 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="default: each operator's own")
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS), help="shares of the parameters")
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 2048], help="of the sequence units")
-    parser.add_argument("--providers", nargs="+", help="only these; default: all that an operator has")
+    parser.add_argument("--providers", nargs="+", help="only these, of those that an operator has; default: all")
     parser.add_argument("--base", help="provider to compare with; default: each operator's own")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing a case, all providers together")
-    parser.add_argument("--limit", type=float, help="seconds after which no further case is begun")
+    parser.add_argument("--sets", type=int, help="sets of inputs in rotation; default: four times the L2 cache")
+    parser.add_argument("--limit", type=float, help="seconds for all operators, shared equally; then no case is begun")
     parser.add_argument("--gate-only", action="store_true", help="check the results, time nothing")
     parser.add_argument("--results", type=Path, help="JSON lines to add to")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU: check nvidia-smi, or use --device cpu")
-    if min([*(arguments.tokens or [1]), *arguments.seq_len]) < 1:
-        parser.error("--tokens and --seq-len must be at least 1")
+    if min([*(arguments.tokens or [1]), *arguments.seq_len, 1 if arguments.sets is None else arguments.sets]) < 1:
+        parser.error("--tokens, --seq-len and --sets must be at least 1")
     if not all(0 < keep < 1 for keep in arguments.keep):
         parser.error(f"--keep must be shares between 0 and 1, got {arguments.keep}")
+    if unknown := set(arguments.providers or ()) - {name for op in arguments.op for name in OPS[op].providers}:
+        parser.error(f"no provider {', '.join(sorted(unknown))} in {', '.join(arguments.op)}")
     for op in arguments.op:
         known = OPS[op].providers
-        if unknown := {*(arguments.providers or ()), arguments.base or "ours"} - set(known):
-            parser.error(f"{op} has no provider {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+        if arguments.base and arguments.base not in known:
+            parser.error(f"{op} has no provider {arguments.base} to compare with; it has {', '.join(known)}")
+        if arguments.providers and not known.keys() & set(arguments.providers):
+            parser.error(f"{op} has no provider {' or '.join(arguments.providers)}; it has {', '.join(known)}")
     return arguments
 
 
@@ -191,35 +199,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     about = record.provenance()
+    made_by = {key: about[key] for key in ("gpu", "driver", "torch", "triton", "commit", "date")}
     ceilings = None if arguments.gate_only else measure.ceilings(device, seconds=min(0.5, arguments.seconds))
-    print(" ".join(f"{key}={about[key]}" for key in ("gpu", "driver", "torch", "triton", "commit", "date")))
+    print(" ".join(f"{key}={value}" for key, value in made_by.items()))
     if ceilings:
         print("ceilings:", ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
     layers = [layer for model in arguments.shapes for layer in MODELS[model]]
     bad = left_out = 0
-    for op in arguments.op:
+    for number, op in enumerate(arguments.op):
         spec = OPS[op]
+        now = time.perf_counter()
+        # An equal share of what is left: a slow operator must not leave the last ones unmeasured
+        stop = now + (began + arguments.limit - now) / (len(arguments.op) - number) if arguments.limit else float("inf")
+        providers = [name for name in spec.providers if name in (arguments.providers or spec.providers)]
         grid = Grid(layers, arguments.tokens or spec.tokens, arguments.keep, arguments.seq_len)
         for dtype in arguments.dtype:
             rows: list[dict[str, Any]] = []
             for case in track(list(spec.cases(grid)), f"{op} {dtype}"):
-                if arguments.limit and time.perf_counter() - began > arguments.limit:
+                if time.perf_counter() > stop:
                     left_out += 1
                     continue
-                options = {"base": arguments.base or spec.base, "ceilings": ceilings, "seconds": arguments.seconds}
                 new = measured(
-                    op, case, dtype, device, providers=arguments.providers or list(spec.providers), **options
-                )
+                    op, case, dtype, device, providers=providers, base=arguments.base or spec.base,
+                    ceilings=ceilings, seconds=arguments.seconds, num_sets=arguments.sets,
+                )  # fmt: skip
                 rows += new
                 if arguments.results:
                     for row in new:
                         record.append(arguments.results, row | about)
             print(aligned([HEADINGS, *map(cells, rows)]), end="\n\n", flush=True)
-            bad += sum(row["status"] == WRONG or row["status"] == FAILED and row["provider"] == "ours" for row in rows)
+            bad += sum(
+                row["status"] == WRONG or row["status"] == FAILED and row["provider"].startswith("ours") for row in rows
+            )
     if left_out:
         print(f"{left_out} cases were not begun within {arguments.limit:.0f} seconds")
     if bad:
         print(f"{bad} results wrong or failed", file=sys.stderr)
+    print(json.dumps(made_by))
     return int(bad > 0)
 
 

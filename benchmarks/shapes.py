@@ -1,6 +1,7 @@
 """The shapes to measure: linear layers of models that people compress, their ranks, token counts and sequences."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -51,13 +52,61 @@ class Case(NamedTuple):
     seq_len: int = 0
 
     @property
+    def name(self) -> str:
+        """What the case is of, whatever the tokens and the rank."""
+        return f"{self.d_in}->{self.d_out}"
+
+    @property
     def label(self) -> str:
         """The case in the words of a table."""
         is_map = self.rank or self.seq_len
-        words = [f"{self.d_in}->{self.d_out}" if is_map else f"D={self.d_in}"]
+        words = [self.name if is_map else f"D={self.d_in}"]
         sizes = {"R": self.rank, "T": self.tokens, "S": self.seq_len}
         words += [f"{letter}={size}" for letter, size in sizes.items() if size]
         return " ".join(words)
+
+    def with_tokens(self, tokens: int) -> "Case":
+        """The same problem of other tokens, its sequences no longer than they are."""
+        return self._replace(tokens=tokens, seq_len=min(self.seq_len, tokens))
+
+
+class GroupCase(NamedTuple):
+    """Projections of one input, each with its outputs and its rank; with `silu_mul` two that make up one output."""
+
+    tokens: int
+    group: str
+    d_in: int
+    d_outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    pivoted: bool
+    silu_mul: bool
+
+    @property
+    def name(self) -> str:
+        """What the case is of, whatever the tokens and the ranks."""
+        return f"{self.group} {self.d_in}->{'+'.join(map(str, self.d_outs))}"
+
+    @property
+    def label(self) -> str:
+        """The case in the words of a table."""
+        return f"{self.name} R={'+'.join(map(str, self.ranks))} T={self.tokens}"
+
+    def with_tokens(self, tokens: int) -> "GroupCase":
+        """The same problem of other tokens."""
+        return self._replace(tokens=tokens)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the result."""
+        return self.d_outs[0] if self.silu_mul else sum(self.d_outs)
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of the factors; a pivoted output needs none in `up`."""
+        return sum(
+            rank * (self.d_in + d_out - self.pivoted * rank)
+            for d_out, rank in zip(self.d_outs, self.ranks, strict=True)
+        )
 
 
 class Grid(NamedTuple):
@@ -72,10 +121,18 @@ class Grid(NamedTuple):
         """(D_OUT, D_IN) of the layers, each once."""
         return list(dict.fromkeys((layer.d_out, layer.d_in) for layer in self.layers))
 
+    def groups(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """(name, D_IN, D_OUT of each) of the layers that read one input, each once. A model's come in a row."""
+        runs = [(name, list(run)) for name, run in groupby(self.layers, lambda layer: layer.group)]
+        return list(dict.fromkeys((name, run[0].d_in, tuple(one.d_out for one in run)) for name, run in runs))
 
-def rank(d_out: int, d_in: int, keep: float) -> int:
-    """The rank of a layer by the uniform rule, a multiple of 16 wherever the layer can afford one."""
-    candidate = Candidate(d_out, d_in, torch.empty(0))  # the uniform rule asks for no spectrum
+
+def rank(d_out: int, d_in: int, keep: float, pivoted: bool = False) -> int:
+    """The rank of a layer by the uniform rule, a multiple of 16 wherever the layer can afford one.
+
+    In the pivoted form R (D_IN + D_OUT - R) numbers are stored, so the same share of them has a higher rank.
+    """
+    candidate = Candidate(d_out, d_in, torch.empty(0), pivoted)  # the uniform rule asks for no spectrum
     found = allocate({"layer": candidate}, keep=keep, ranks="uniform", rank_multiple=RANK_MULTIPLE)["layer"]
     if found is None:
         raise ValueError(f"keep {keep} leaves a layer of {d_out} x {d_in} dense: measure the shares below 1")
@@ -105,4 +162,17 @@ def lowrank_cases(grid: Grid) -> Iterator[Case]:
         for keep in grid.keeps
         for tokens in grid.tokens
         for d_out, d_in in grid.shapes()
+    )
+
+
+def group_cases(grid: Grid, *, pivoted: bool = False) -> Iterator[GroupCase]:
+    """Every group of layers at every share kept, few tokens first; gate and up come with their activation."""
+    return (
+        GroupCase(
+            tokens, name, d_in, d_outs, tuple(rank(d, d_in, keep, pivoted) for d in d_outs), pivoted, name == "gate_up"
+        )
+        for keep in grid.keeps
+        for tokens in grid.tokens
+        for name, d_in, d_outs in grid.groups()
+        for ranks in [tuple(rank(d_out, d_in, keep, pivoted) for d_out in d_outs)]
     )

@@ -1,9 +1,11 @@
-"""What was measured, as a Markdown table and a roofline picture.
+"""What was measured, as a Markdown table, a roofline picture, and the table of kernels in the README.
 
     python -m benchmarks.tables FILE --markdown kernels.md --roofline roofline.png
+    python -m benchmarks.tables benchmarks/results/kernels-*.jsonl --readme README.md
 
 Of several rows on the same problem the last one counts. The picture has each operator's TFLOP/s over its operations
-per byte, under the copy bandwidth and the matrix products that the same run measured; it shows the last run.
+per byte, under the copy bandwidth and the matrix products that the same run measured; it shows the last run. The README
+has ours in bfloat16 on the headline cases of each operator, measured on a GPU, and says so where there are none.
 """
 
 import argparse
@@ -13,15 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.registry import OPS
 from benchmarks.run import HEADINGS, OK, cells, digits
 
 KEY = ("gpu", "machine", "op", "shape", "dtype", "provider")  # of a problem and who solved it where
 COLUMNS = HEADINGS[1:]  # the operator is the title of its table
+BEGIN, END = "<!-- kernels: python -m benchmarks.tables writes this -->", "<!-- /kernels -->"
+UNMEASURED = (
+    "No GPU figure has been measured yet: the kernels are checked in an interpreter and by compiling them ahead of\n"
+    "time, and `make gpu` will measure them."
+)
 
 
-def latest(path: Path) -> list[dict[str, Any]]:
+def latest(*paths: Path) -> list[dict[str, Any]]:
     """The last row of every provider on every problem, in the order in which they came first."""
-    rows = [row for row in record.read(path) if row["benchmark"] == "kernels"]
+    rows = [row for path in paths for row in record.read(path) if row["benchmark"] == "kernels"]
+    rows.sort(key=lambda row: row["date"])
     return list({tuple(row[key] for key in KEY): row for row in rows}.values())
 
 
@@ -52,6 +61,35 @@ def _run(row: dict[str, Any]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def readme_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The headline cases that were timed on a GPU, one line each, or the sentence that there are none."""
+    ours = [row for row in rows if row["gpu"] and row["status"] == OK and row["provider"] == "ours"]
+    headlines = [(op, case.label, "bf16") for op, spec in OPS.items() for case in spec.headlines]
+    lines = [
+        [
+            f"`{row['op']}`", row["shape"], digits(row["us_p50"]), f"{row['of_ceiling']:.0%}",
+            "" if row["over_base"] is None else f"{row['over_base']:.2f}x {row['base']}",
+            f"{row['gpu']}, {row['date']}, {row['commit']}",
+        ]
+        for headline in headlines
+        for row in ours
+        if (row["op"], row["shape"], row["dtype"]) == headline
+    ]  # fmt: skip
+    if not lines:
+        return UNMEASURED
+    headings = ("operator, bfloat16", "shape", "µs", "% of ceiling", "speed", "measured on, date, commit")
+    return "\n".join(_line(line) for line in (headings, ["---"] * len(headings), *lines))
+
+
+def with_table(readme: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The text of a README with what was measured between its two marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"the README must have a line {BEGIN} and after it a line {END}")
+    return f"{before}{BEGIN}\n\n{readme_table(rows)}\n\n{END}{after}"
 
 
 def roofline(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -96,13 +134,21 @@ def roofline(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON lines of benchmarks.run")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON lines of benchmarks.run; patterns may match none")
     parser.add_argument("--markdown", type=Path, help="file to write; default: standard output")
     parser.add_argument("--roofline", type=Path, help="picture to draw (needs matplotlib)")
+    parser.add_argument("--readme", type=Path, help="file to write the headline cases into, and nothing else")
     arguments = parser.parse_args(argv)
-    rows = latest(arguments.results)
+    paths = [path for pattern in arguments.results for path in _files(pattern)]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        parser.error(f"{', '.join(missing)} does not exist: benchmarks.run writes it")
+    rows = latest(*paths)
+    if arguments.readme:
+        text = arguments.readme.read_text(encoding="utf-8")
+        arguments.readme.write_text(with_table(text, rows), encoding="utf-8")
+        return 0
     if not rows:
-        parser.error(f"{arguments.results} has no rows of benchmarks.run")
+        parser.error(f"{', '.join(map(str, arguments.results))}: no rows of benchmarks.run")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows) + "\n", encoding="utf-8")
     else:
@@ -110,6 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.roofline:
         roofline(rows, arguments.roofline)
     return 0
+
+
+def _files(pattern: Path) -> list[Path]:
+    """What a pattern matches, where the shell left it as it is; a path without a pattern is itself."""
+    return sorted(pattern.parent.glob(pattern.name)) if "*" in pattern.name else [pattern]
 
 
 if __name__ == "__main__":

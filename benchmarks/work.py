@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.shapes import Case
+from benchmarks.shapes import Case, GroupCase
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,91 @@ def _linear(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
     )
 
 
-WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...], Case], Work]] = {
+def _group_bytes(a: dict[str, Any]) -> int:
+    """Weights and x read, y written by one launch for a whole group; its sums and z stay in the L2 cache."""
+    tokens = a["num_tokens"] * (a["d_in"] + a["out_width"])
+    return a["x_ptr"].element_size() * (a["rank"] * a["d_in"] + a["up_ptr"].numel() + tokens)
+
+
+def _finish_bytes(a: dict[str, Any]) -> int:
+    """Sums in float32 read and made zero again."""
+    return 8 * a["num_tokens"] * a["sums_width"]
+
+
+def _split_rank(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
+    programs, rank, ups, size = grid[0], a["rank"], a["up_ptr"].numel(), a["x_ptr"].element_size()
+    count = _products(a, a["x_ptr"])
+    weights = rank * a["d_in"] + ups
+    added = 4 * programs * a["num_tokens"] * (ups // rank)  # every program adds to all columns of its projection
+    return Work(
+        blocks=programs,
+        flops=2 * a["BLOCK_T"] * weights * programs * a["BLOCK_R"] // rank * count,
+        half=count == 1,
+        dram_bytes=_group_bytes(a),
+        l2_bytes=size * (weights + programs * a["num_tokens"] * a["d_in"]) + added + _finish_bytes(a),
+        step_bytes=a["BLOCK_R"] * a["BLOCK_I"] * size,
+    )
+
+
+def _persistent(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
+    rank, ups, tokens, size = a["rank"], a["up_ptr"].numel(), a["num_tokens"], a["x_ptr"].element_size()
+    count = _products(a, a["x_ptr"])
+    ranks = cdiv(rank, a["BLOCK_R"])  # tiles of z, each of which needs all of x; each tile of y needs its part of z
+    return Work(
+        blocks=grid[0],
+        flops=2 * a["BLOCK_T"] * (ranks * a["BLOCK_R"] * a["d_in"] + ups) * count,
+        half=count == 1,
+        dram_bytes=_group_bytes(a),
+        l2_bytes=size * (rank * a["d_in"] + ups + tokens * (ranks * a["d_in"] + ups // a["BLOCK_O"]))
+        + a["PIVOTED"] * (_finish_bytes(a) + 4 * tokens * a["sums_width"]),
+        step_bytes=a["BLOCK_R"] * a["BLOCK_I"] * size,
+    )
+
+
+def _finish(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
+    size, tokens = a["y_ptr"].element_size(), a["num_tokens"]
+    moved = size * tokens * (a["sums_width"] + a["out_width"] + a["PIVOTED"] * a["rank"])
+    blocks = grid[0] * grid[1]
+    return Work(blocks, flops=0, half=True, dram_bytes=moved, l2_bytes=moved, step_bytes=moved // blocks)
+
+
+class TorchWork(TorchDispatchMode):
+    """Collects what torch itself launches: (name, work), from sizes alone, at the full rates of the card.
+
+    Matrix products, and whatever else reads tensors and writes one. Views and new tensors without values cost nothing.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+
+    def __init__(self, num_sms: int) -> None:
+        super().__init__()
+        self.num_sms = num_sms
+        self.found: list[tuple[str, Work]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        name = func.overloadpacket.__name__
+        read = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if is_view or "empty" in name or not read or not isinstance(result, Tensor):
+            return result
+        flops, half = 0, result.dtype.itemsize == 2
+        if func.overloadpacket in self.PRODUCTS:
+            rows, depth = read[-2].shape
+            # float32 without TF32: the plain cores, at a seventh of its rate
+            flops = 2 * rows * depth * read[-1].shape[1] * (1 if half else 7)
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, result))
+        self.found.append((name, Work(self.num_sms, flops, half, moved, 0, moved)))
+        return result
+
+
+WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...], Any], Work]] = {
     "gram_kernel": _gram,
     "quadratic_form_kernel": _quadratic_form,
     "scores_kernel": _scores,
     "apply_kernel": _apply,
     "linear_kernel": _linear,
+    "split_rank_kernel": _split_rank,
+    "persistent_kernel": _persistent,
+    "finish_kernel": _finish,
 }

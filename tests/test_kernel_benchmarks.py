@@ -1,30 +1,35 @@
 """The benchmarks of the kernels: honest counts, a gate that stops wrong results, and every provider run on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import measure, record, run, tables
+from benchmarks import measure, model, record, run, tables
 from benchmarks.gate import Gate
+from benchmarks.groups import in_cuda
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.model import Card, blocks_per_sm, predicted
-from benchmarks.providers import Provider, plain
+from benchmarks.model import H200, Card, blocks_per_sm, predicted
+from benchmarks.providers import Missing, Provider, plain
 from benchmarks.registry import OPS
-from benchmarks.shapes import MODELS, Case, Grid, rank
-from benchmarks.work import Work
+from benchmarks.shapes import MODELS, Case, Grid, GroupCase, rank
+from benchmarks.work import TorchWork, Work
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS_ON_GPUS = {"quack", "flash_muon"}
+ON_GPUS = {"quack", "flash_muon", "ours_cuda_decode", "ours_cuda_persistent"}
+MOST_TOKENS = {"ours_split_rank": 8, "ours_persistent": 64}
 CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
-QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--device", "cpu")
+EVERY_LAYER = MODELS["tiny"]
+QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--sets", "1", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,10 +67,44 @@ def test_every_provider_of_every_operator_is_right_and_timed(everything):
         for name in spec.providers:
             for dtype in ("bf16", "fp32"):
                 row = found[op, name, dtype]
-                if name in PEERS_ON_GPUS:
+                if name in ON_GPUS:
                     assert row["status"] == "missing" and ("not installed" in row["note"] or "GPU" in row["note"])
+                elif row["tokens"] > MOST_TOKENS.get(name, 20):
+                    assert (row["status"], row["note"]) == ("missing", f"takes at most {MOST_TOKENS[name]} tokens")
                 else:
                     assert row["status"] == "ok" and row["error"] < (1e-2 if dtype == "bf16" else 1e-5), row
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_every_way_through_a_group_is_right(monkeypatch, tmp_path, tokens):
+    monkeypatch.setitem(MODELS, "tiny", EVERY_LAYER)
+    options = ("--op", "lowrank_group", "lowrank_group_pivoted", "--tokens", tokens, "--gate-only")
+    status, rows = benchmark(tmp_path / "r.jsonl", *options)
+    assert status == 0 and {row["group"] for row in rows} == {"qkv", "o", "gate_up", "down"}
+    runs = {row["provider"] for row in rows if row["status"] == "correct"}
+    expected = {name for op in ("lowrank_group", "lowrank_group_pivoted") for name in OPS[op].providers} - ON_GPUS
+    assert runs == {name for name in expected if tokens <= MOST_TOKENS.get(name, tokens)}
+    assert {row["status"] for row in rows} == {"correct", "missing"}
+
+
+def test_the_extension_is_measured_where_it_is_built_and_fits(monkeypatch):
+    cuda, i = torch.device("cuda"), {"x": torch.ones(3, 8), "layout": SimpleNamespace(out_width=5)}
+    i |= dict.fromkeys(("down", "up", "bias", "table", "workspace"))
+    extension = SimpleNamespace(available=lambda device: False, fits=lambda kernel, x, layout: False)
+    extension.decode = lambda *arguments: arguments[-1].fill_(7)
+    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", extension)
+    with pytest.raises(Missing, match="was not built"):
+        in_cuda("decode", 8).load(cuda)
+    extension.available = lambda device: True
+    with pytest.raises(Missing, match="does not take this dtype"):
+        in_cuda("decode", 8).load(cuda)(i)
+    extension.fits = lambda kernel, x, layout: kernel == "decode"
+    with pytest.raises(Missing, match="at most 2 tokens"):
+        in_cuda("decode", 2).load(cuda)(i)
+    assert torch.equal(in_cuda("decode", 8).load(cuda)(i), torch.full((3, 5), 7.0))
+    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", None)
+    with pytest.raises(Missing, match="is not there"):
+        in_cuda("decode", 8).load(cuda)
 
 
 def test_rates_and_ratios_follow_from_the_times(everything):
@@ -167,6 +206,27 @@ def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, ti
             8 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
         ),
         ("lowrank_linear", Case(1, 5, 3, rank=2), 2 * (2 * 3 + 5 * 2), 2 * (2 * 3 + 5 * 2 + 3 + 5)),
+        # two tokens, factors of 2 x 3 + 5 x 2 and 1 x 3 + 4 x 1 entries, outputs side by side
+        (
+            "lowrank_group",
+            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=False, silu_mul=False),
+            2 * 2 * (16 + 7),
+            2 * (16 + 7 + 2 * 3 + 2 * 9),
+        ),
+        # factors of 2 x 3 + 5 x 2 and 1 x 3 + 5 x 1 entries, one output
+        (
+            "lowrank_group",
+            GroupCase(2, "gate_up", 3, (5, 5), (2, 1), pivoted=False, silu_mul=True),
+            2 * 2 * (16 + 8),
+            2 * (16 + 8 + 2 * 3 + 2 * 5),
+        ),
+        # two of the five outputs and one of the four are entries of z: 3 x 2 and 3 x 1 entries of up are left
+        (
+            "lowrank_group_pivoted",
+            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=True, silu_mul=False),
+            2 * 2 * (2 * 3 + 3 * 2 + 1 * 3 + 3 * 1),
+            2 * (12 + 6 + 2 * 3 + 2 * 9),
+        ),
     ],
 )
 def test_work_is_what_a_hand_counts(op, case, flops, num_bytes):
@@ -186,6 +246,27 @@ def test_ranks_follow_the_uniform_rule_in_multiples_of_sixteen():
             assert found % 16 == 0 and 0 <= keep - found * (d_out + d_in) / (d_out * d_in) < 0.03
 
 
+def test_the_rank_of_a_pivoted_layer_is_the_largest_of_its_stored_size():
+    assert rank(4096, 4096, 0.8, pivoted=True) == 2256  # 4096 (1 - sqrt(0.2)) is 2264.2
+    for d_out, d_in in Grid(MODELS["llama-3.1-8b"], [1]).shapes():
+        for keep in (0.8, 0.7, 0.5):
+            found, budget = rank(d_out, d_in, keep, pivoted=True), keep * d_in * d_out
+            assert found % 16 == 0 and found > rank(d_out, d_in, keep)
+            assert found * (d_in + d_out - found) <= budget < (found + 16) * (d_in + d_out - found - 16)
+
+
+def test_groups_are_the_layers_that_read_one_input():
+    layers = [layer for model in ("llama-3.1-8b", "qwen3-8b", "mistral-7b") for layer in MODELS[model]]
+    assert Grid(layers, [1]).groups() == [
+        ("qkv", 4096, (4096, 1024, 1024)),
+        ("o", 4096, (4096,)),
+        ("gate_up", 4096, (14336, 14336)),
+        ("down", 14336, (4096,)),
+        ("gate_up", 4096, (12288, 12288)),
+        ("down", 12288, (4096,)),
+    ]
+
+
 def forgets_out(i):
     return (i["x"].mT * i.get("weight", i["x"].new_ones(1)).to(i["x"].dtype)) @ i["x"]
 
@@ -197,6 +278,10 @@ def forgets_weights(i):
 def rounds_to_half(i):
     x = i["x"].half().float()
     return i["out"].addmm_(x.mT, x)
+
+
+def forgets_the_pivots(i):
+    return OPS["lowrank_group_pivoted"].providers["two_matmuls"].load(torch.device("cpu"))(i).flip(-1)
 
 
 def leaves_a_nan(i):
@@ -212,14 +297,16 @@ def leaves_a_nan(i):
         ("gram_accumulate_weighted", "bf16", forgets_weights),
         ("gram_accumulate", "fp32", rounds_to_half),
         ("quadratic_form", "bf16", leaves_a_nan),
+        ("lowrank_group_pivoted", "bf16", forgets_the_pivots),
     ],
 )
 def test_the_gate_stops_a_wrong_result(monkeypatch, tmp_path, capsys, op, dtype, wrong):
     monkeypatch.setitem(OPS[op].providers, "ours", plain(wrong))
-    status, rows = benchmark(tmp_path / "r.jsonl", "--op", op, "--dtype", dtype, "--tokens", 64)
+    options = ("--op", op, "--dtype", dtype, "--tokens", 64, "--providers", "ours", OPS[op].base)
+    status, rows = benchmark(tmp_path / "r.jsonl", *options)
     ours = [row for row in rows if row["provider"] == "ours"]
     assert status == 1 and ours and all(row["status"] == "wrong" and "us_p50" not in row for row in ours)
-    assert all(row["status"] in ("ok", "missing") for row in rows if row["provider"] != "ours")
+    assert [row["status"] for row in rows if row["provider"] != "ours"] == ["ok"] * len(ours)
     assert "relative error" in capsys.readouterr().out
 
 
@@ -281,13 +368,39 @@ def test_cases_beyond_the_limit_are_counted_not_dropped(tmp_path, capsys):
     assert "2 cases were not begun within 0 seconds" in capsys.readouterr().out
 
 
+def test_a_slow_operator_leaves_the_others_their_share_of_the_time(monkeypatch, tmp_path):
+    now = [0.0]
+
+    def measured(op, case, *rest, **options):
+        now[0] += 3 if op == "gram_accumulate" else 1
+        return [{"op": op, "status": "missing", "provider": "ours", "shape": "", "dtype": "", "note": ""}]
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(run, "measured", measured)
+    options = ("--op", "gram_accumulate", "quadratic_form", "--tokens", *range(1, 31), "--limit", 20)
+    ops = [row["op"] for row in benchmark(tmp_path / "r.jsonl", *options)[1]]
+    # ten seconds each; what is begun within them is brought to an end
+    assert (ops.count("gram_accumulate"), ops.count("quadratic_form")) == (4, 9)
+
+
+def test_the_last_line_says_what_measured(tmp_path, capsys):
+    benchmark(tmp_path / "r.jsonl", "--op", "quadratic_form", "--tokens", 4, "--providers", "ours")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [*found] == ["gpu", "driver", "torch", "triton", "commit", "date"] and found["torch"] == torch.__version__
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--op", "gemm"], "invalid choice: 'gemm'"),
         (["--shapes", "gpt-5"], "invalid choice: 'gpt-5'"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--op", "lowrank_linear", "--base", "naive"], "lowrank_linear has no provider naive; it has ours, dense"),
+        (
+            ["--op", "lowrank_linear", "--base", "naive"],
+            "lowrank_linear has no provider naive to compare with; it has ours, dense",
+        ),
+        (["--op", "quadratic_form", "--providers", "ours", "mm"], "no provider mm in quadratic_form"),
+        (["--op", "quadratic_form", "gram_accumulate", "--providers", "mm"], "quadratic_form has no provider mm; it"),
         (["--tokens", "0"], "must be at least 1"),
         (["--keep", "1.0"], "shares between 0 and 1"),
     ],
@@ -303,9 +416,6 @@ def test_a_gpu_that_is_not_there_is_an_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main(["--device", "cuda"])
     assert "torch sees no GPU" in capsys.readouterr().err
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "sees no GPU" in done.stderr and done.stdout == ""
 
 
 def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp_path):
@@ -323,6 +433,45 @@ def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp
     assert text.count("12345") == 1 and f"commit {rows[0]['commit']}" in text
     assert "gram_accumulate, not timed: quack: " in text
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_the_readme_has_the_figures_of_the_committed_results_and_no_others():
+    readme = (ROOT / "README.md").read_text()
+    results = sorted((ROOT / "benchmarks/results").glob("kernels-*.jsonl"))
+    assert tables.with_table(readme, tables.latest(*results)) == readme
+
+
+def test_the_readme_takes_ours_on_the_headline_cases_from_gpus_only(everything, tmp_path):
+    rows = [row for row in everything[1] if row["status"] == "ok"]
+    op, (case,) = "gram_accumulate", OPS["gram_accumulate"].headlines
+    row = next(row for row in rows if row["op"] == op and row["provider"] == "ours" and row["dtype"] == "bf16")
+    row |= {"shape": case.label, "gpu": "NVIDIA H200", "commit": "abc123", "us_p50": 111.0, "of_ceiling": 0.5}
+    for number, changes in enumerate(
+        [{"date": "2026-01-01"}, {"date": "2026-01-02", "us_p50": 222.0, "over_base": 1.75}, {"gpu": None}]
+        + [{"provider": "mm"}, {"dtype": "fp32"}, {"shape": "D=1 T=1"}]
+    ):
+        record.append(tmp_path / f"kernels-{number}.jsonl", row | {"date": "2026-01-03"} | changes)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    assert tables.main([str(tmp_path / "kernels-*.jsonl"), "--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", tables.BEGIN, tables.END, "after"]
+    (line,) = [line for line in lines if line.startswith("| `")]
+    measured = "NVIDIA H200, 2026-01-02, abc123"
+    assert line == f"| `{op}` | {case.label} | 222 | 50% | 1.75x mm | {measured} |"
+
+    assert tables.main([str(tmp_path / "none-*.jsonl"), "--readme", str(readme)]) == 0
+    assert tables.UNMEASURED in readme.read_text() and "222" not in readme.read_text()
+    with pytest.raises(SystemExit, match="the README must have a line"):
+        tables.with_table("no marks", [])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([str(tmp_path / "missing.jsonl"), "--readme", str(readme)])
+
+
+def test_every_headline_case_is_among_the_default_ones():
+    layers = MODELS["llama-3.1-8b"]
+    for op, spec in OPS.items():
+        assert spec.headlines and {*spec.headlines} <= {*spec.cases(Grid(layers, spec.tokens))}, op
 
 
 def test_occupancy_is_what_the_scarcest_resource_allows():
@@ -343,6 +492,32 @@ def test_a_prediction_takes_the_longest_of_its_terms():
     assert predicted(few, 1, 3, card) == ("latency", pytest.approx(5 + 1))
 
 
+def test_what_torch_launches_is_counted_from_sizes():
+    x, weight, y = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 64), (32, 64), (8, 48)))
+    with TorchWork(H200.num_sms) as by_torch:
+        torch.mm(x, weight.mT, out=y[:, :32])
+        torch.nn.functional.silu(y.view(2, 4, 48))
+    (mm, product), (silu, pointwise) = by_torch.found
+    assert (mm, product.flops, product.dram_bytes) == ("mm", 2 * 8 * 64 * 32, 2 * (8 * 64 + 32 * 64 + 8 * 32))
+    assert (silu, pointwise.flops, pointwise.dram_bytes) == ("silu", 0, 2 * 2 * 8 * 48)
+
+
+def test_break_even_is_the_largest_keep_that_is_faster(monkeypatch):
+    def predictions(op, case, dtype, compiled, provider="ours"):
+        weights = case.num_weights if provider == "ours" else 0.7 * sum(case.d_outs) * case.d_in
+        return [model.Prediction("", 0, 0, 0, 0.0, "", weights * case.tokens)]
+
+    monkeypatch.setattr(model, "predictions", predictions)
+    lines = model.break_even("lowrank_group", MODELS["llama-3.1-8b"], [1, 8], torch.bfloat16)
+    assert [line[1] for line in lines[:2]] == ["qkv 4096->4096+1024+1024", "o 4096->4096"]
+    # ranks are rounded down: a little more than 0.7 of the weights can still be below it
+    assert len(lines) == 8 and all(0.7 <= float(line[4]) <= 0.72 for line in lines)
+
+
+MODELLED = ["--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
+MODELLED_FEW = ["--op", "lowrank_group_pivoted", "--tokens", "8", "64", "--keep", "0.8"]
+
+
 @pytest.fixture(scope="module")
 def modelled(tmp_path_factory):
     """Lines of cells of the model's output, with one measured row to show."""
@@ -352,11 +527,10 @@ def modelled(tmp_path_factory):
         record.append(folder / "r.jsonl", row | {"gpu": gpu, "us_p50": us})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_CACHE_DIR": str(folder / "triton")}
-    command = [sys.executable, "-m", "benchmarks.model", "--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
-    done = subprocess.run(
-        [*command, "--results", str(folder / "r.jsonl")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    runs = [[*MODELLED, "--results", str(folder / "r.jsonl")], MODELLED_FEW]
+    command = [sys.executable, "-c", f"from benchmarks import model; print(*map(model.main, {runs}))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("0 0\n"), done.stderr
     return done.stdout.splitlines()
 
 
@@ -367,8 +541,9 @@ def test_no_prediction_is_below_the_floor(modelled):
         cells = [cell for cell in line.split("  ") if cell]
         floor, prediction = map(float, cells[11:13])
         assert prediction > floor > 0, line
-    grid = Grid(MODELS["llama-3.1-8b"], [8192], [0.8], [512])
-    assert len(lines) == sum(len(list(spec.cases(grid))) for spec in OPS.values())
+    many, few = (Grid(MODELS["llama-3.1-8b"], tokens, [0.8], [512]) for tokens in ([8192], [8, 64]))
+    expected = sum(len(list(spec.cases(many))) for spec in OPS.values())
+    assert len(lines) == expected + len(list(OPS["lowrank_group_pivoted"].cases(few)))
 
 
 def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):

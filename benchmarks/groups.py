@@ -1,0 +1,217 @@
+"""Groups of low-rank projections: inputs, work, float64 oracle, and who computes them.
+
+The factors are the same for everyone. Those who do not know of groups or of pivots get what they need: each projection
+by itself, the order that puts pivoted outputs in their places, one dense weight for all.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import providers as by
+from benchmarks.providers import Call, Inputs, Missing, Provider
+from benchmarks.shapes import GroupCase
+from gfwsvd_kernels import Factors, LowRankGroup
+from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+BUFFERS = ("down", "up", "bias", "table", "workspace")
+
+
+def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`factors` has (down, up) of each projection, `orders` where its outputs are in [z, y], None if y has them all."""
+    activation = "silu_mul" if case.silu_mul else None
+    projections = [
+        _factors(case.d_in, rank, d_out, case.pivoted, dtype, device)
+        for rank, d_out in zip(case.ranks, case.d_outs, strict=True)
+    ]
+    found: Inputs = {
+        "x": torch.randn(case.tokens, case.d_in, device=device, dtype=dtype),
+        "factors": [(p.down, p.up) for p in projections],
+        "orders": [_order(p, device) for p in projections],
+        "silu_mul": case.silu_mul,
+        "weight": torch.cat([by.product(_whole_up(p), p.down) for p in projections]).to(dtype),
+    }
+    if case.pivoted:
+        found["unpivoted"] = _buffers([Factors(p.down, _whole_up(p)) for p in projections], activation)
+    return found | _buffers(projections, activation)
+
+
+def _factors(d_in: int, rank: int, d_out: int, pivoted: bool, dtype: torch.dtype, device: torch.device) -> Factors:
+    """Random factors that make outputs of order one."""
+    down = torch.randn(rank, d_in, device=device) / d_in**0.5
+    up = torch.randn(d_out - pivoted * rank, rank, device=device) / rank**0.5
+    pivots = torch.randperm(d_out)[:rank].sort().values if pivoted else None
+    return Factors(down.to(dtype), up.to(dtype), None, pivots)
+
+
+def _order(p: Factors, device: torch.device) -> Tensor | None:
+    if p.pivots is None:
+        return None
+    is_pivot = torch.zeros(p.d_out, dtype=torch.bool)
+    is_pivot[p.pivots] = True
+    order = torch.empty(p.d_out, dtype=torch.int64)
+    order[p.pivots] = torch.arange(len(p.pivots))
+    order[~is_pivot] = torch.arange(len(p.pivots), p.d_out)
+    return order.to(device)
+
+
+def _whole_up(p: Factors) -> Tensor:
+    """(D_OUT, R): with it the projection computes the same without pivots."""
+    order = _order(p, p.up.device)
+    if order is None:
+        return p.up
+    return torch.cat((torch.eye(p.up.shape[1], dtype=p.up.dtype, device=p.up.device), p.up))[order]
+
+
+def _buffers(projections: Sequence[Factors], activation: str | None) -> Inputs:
+    """The arguments of the operator and of its single implementations, laid out by the module."""
+    group = LowRankGroup(projections, activation=activation)
+    return {name: getattr(group, name) for name in BUFFERS} | {"layout": group.layout, "sizes": group.sizes}
+
+
+def oracle(i: Inputs) -> Tensor:
+    x, factors = i["x"].double(), [(down.double(), up.double()) for down, up in i["factors"]]
+    return apart(x, factors, i["orders"], i["silu_mul"])
+
+
+def flops(case: GroupCase) -> int:
+    """The products: one multiplication and one addition for each token and entry of the factors."""
+    return 2 * case.tokens * case.num_weights
+
+
+def num_bytes(case: GroupCase, size: int) -> int:
+    """Factors and x read, y written. Where the pivots are is not counted: the next layer's weights can absorb that."""
+    return size * (case.num_weights + case.tokens * (case.d_in + case.out_width))
+
+
+def _joined(parts: Sequence[Tensor], silu_mul: bool) -> Tensor:
+    if silu_mul:
+        return F.silu(parts[0]) * parts[1]
+    return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
+
+
+def apart(
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    orders: Sequence[Tensor | None],
+    silu_mul: bool,
+    linear: Linear = F.linear,
+) -> Tensor:
+    """Each projection by itself in two products, then side by side or multiplied."""
+    parts = []
+    for (down, up), order in zip(factors, orders, strict=True):
+        z = linear(x, down)
+        y = linear(z, up)
+        parts.append(y if order is None else torch.cat((z, y), -1).index_select(-1, order))
+    return _joined(parts, silu_mul)
+
+
+def _dense_call(i: Inputs) -> Tensor:
+    y = F.linear(i["x"], i["weight"])
+    return _joined(y.chunk(2, -1) if i["silu_mul"] else [y], i["silu_mul"])
+
+
+_ARGUMENTS = ("x", "factors", "orders", "silu_mul")
+
+
+def _two_matmuls(i: Inputs) -> Tensor:
+    return apart(*(i[name] for name in _ARGUMENTS))
+
+
+def _separate(device: torch.device) -> Call:
+    """The kernel of `lowrank_linear`, two launches a projection; its definition on a CPU."""
+    if device.type != "cuda":
+        return _two_matmuls
+    launch = import_module("gfwsvd_kernels.lowrank").linear
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return launch(x, weight, None, out_dtype=x.dtype)
+
+    return lambda i: apart(*(i[name] for name in _ARGUMENTS), linear)
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(f"gfwsvd_kernels.{module}")
+    except ImportError as error:
+        raise Missing(f"gfwsvd_kernels.{module} is not there: {error}") from error
+
+
+def _at_most(tokens: int | None, i: Inputs) -> None:
+    if tokens and len(i["x"]) > tokens:
+        raise Missing(f"takes at most {tokens} tokens")
+
+
+def in_triton(name: str, most_tokens: int | None = None) -> Provider:
+    """One implementation by itself, whichever the operator would choose; on a CPU in the interpreter."""
+
+    def load(device: torch.device) -> Call:
+        by.needs_triton(device)
+        launch = getattr(_imported("decode"), name)
+
+        def call(i: Inputs) -> Tensor:
+            _at_most(most_tokens, i)
+            return launch(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"])
+
+        return call
+
+    return Provider(load)
+
+
+def in_cuda(name: str, most_tokens: int) -> Provider:
+    """One implementation of the compiled extension by itself."""
+
+    def load(device: torch.device) -> Call:
+        if device.type != "cuda":
+            raise Missing("needs a GPU")
+        extension = _imported("extension")
+        if not extension.available(device):
+            raise Missing("the extension was not built, or is not for this GPU")
+
+        def call(i: Inputs) -> Tensor:
+            _at_most(most_tokens, i)
+            if not extension.fits(name, i["x"], i["layout"]):
+                raise Missing("does not take this dtype or these sizes")
+            y = i["x"].new_empty(len(i["x"]), i["layout"].out_width)
+            getattr(extension, name)(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"], y)
+            return y
+
+        return call
+
+    return Provider(load)
+
+
+_OURS = by.ours("decode", "lowrank_group", "x", *BUFFERS, "sizes", "silu_mul")
+
+
+def _unpivoted(device: torch.device) -> Call:
+    """Ours without pivots, at the same rank: the same map from R D_OUT entries of up instead of R (D_OUT - R)."""
+    call = _OURS.load(device)
+    return lambda i: call(i | i["unpivoted"])
+
+
+def _two_launch(device: torch.device) -> Call:
+    by.needs_triton(device)
+    launch = import_module("benchmarks.peers").two_launch_group
+    return lambda i: launch(i["x"], i["down"], i["up"], i["layout"])
+
+
+PIVOTED_PROVIDERS: dict[str, Provider] = {
+    "ours": _OURS,
+    "ours_split_rank": in_triton("split_rank", FEW_TOKENS),
+    "ours_persistent": in_triton("persistent", SOME_TOKENS),
+    "ours_matmuls": in_triton("matmuls"),
+    "ours_cuda_decode": in_cuda("decode", FEW_TOKENS),
+    "ours_cuda_persistent": in_cuda("persistent", SOME_TOKENS),
+    "dense": by.plain(_dense_call),
+    "two_matmuls": by.plain(_two_matmuls),
+    "compiled": by.compiled(apart, *_ARGUMENTS),
+    "separate": Provider(_separate),
+}
+PROVIDERS = PIVOTED_PROVIDERS | {"two_launch": Provider(_two_launch)}
+PIVOTED_PROVIDERS["unpivoted"] = Provider(_unpivoted)

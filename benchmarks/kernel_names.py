@@ -1,0 +1,22 @@
+"""The names of all kernels of this project, one a line: the GPU's tools are told to watch these and not torch's.
+
+python -m benchmarks.kernel_names
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON = re.compile(r"^@triton\.jit\ndef (\w+_kernel)\(", re.MULTILINE)
+CUDA = re.compile(r"^(?!#).*\b(?:__global__|KERNEL)\b.*?\b(\w+_kernel)\(", re.MULTILINE)
+
+
+def kernel_names(root: Path = ROOT) -> list[str]:
+    """Kernels end in `_kernel`, in Triton and in CUDA C++."""
+    triton = [name for path in root.glob("kernels/gfwsvd_kernels/*.py") for name in TRITON.findall(path.read_text())]
+    cuda = [name for path in root.glob("csrc/*.cu*") for name in CUDA.findall(path.read_text())]
+    return sorted({*triton, *cuda})
+
+
+if __name__ == "__main__":
+    print("\n".join(kernel_names()))

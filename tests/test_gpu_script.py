@@ -1,0 +1,104 @@
+"""`make gpu`: the same script runs to its end on a CPU, so that nothing in it can rot until a GPU is there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
+
+from benchmarks.kernel_names import kernel_names
+from benchmarks.registry import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = [
+    "build of the extension",
+    "tests on the GPU",
+    "tests of every kernel",
+    "memcheck",
+    "memcheck of groups",
+    "racecheck",
+    "racecheck of groups",
+    "benchmarks",
+    "predictions",
+    "tables",
+]
+
+
+def script(*arguments, **environment):
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_dry_run_takes_every_step_and_measures_every_provider(tmp_path):
+    done = script("--dry-run", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr + done.stdout[-3000:]
+    assert re.findall(r"^== (.+) \(at most \d+ s", done.stdout, re.MULTILINE) == STEPS
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    (results,) = tmp_path.glob("kernels-*.jsonl")
+    assert re.fullmatch(r"kernels-[a-z0-9-]+-\d{4}-\d\d-\d\d-\w+(-dirty)?\.jsonl", results.name)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {(row["op"], row["provider"]) for row in rows}
+    assert found == {(op, provider) for op, spec in OPS.items() for provider in spec.providers}
+    assert {row["status"] for row in rows} == {"ok", "missing"}
+    assert {"kernels.md", "kernels.log", "tests.log", "checks.log", "model.log"} <= {*names}
+    assert "Predicted, not measured" in (tmp_path / "model.log").read_text()
+    assert re.search(r"test_cuda\.py: \d+", (tmp_path / "tests.log").read_text())
+
+
+def test_the_time_limits_keep_it_under_eight_minutes():
+    text = (ROOT / "benchmarks/gpu.sh").read_text()
+    deadline = int(re.search(r"^deadline=(\d+)", text, re.MULTILINE)[1])
+    kill_after = int(re.search(r"--kill-after=(\d+)", text)[1])
+    last_benchmark = int(re.search(r"^last_benchmark=(\d+)", text, re.MULTILINE)[1])
+    assert deadline + kill_after < 8 * 60 and last_benchmark < deadline - 45 - 25  # predictions and tables come after
+    assert '[ "$limit" -le $((deadline - SECONDS)) ]' in text  # what holds every step to it
+
+
+def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
+    """A Python that can import, but runs no module: every step fails."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 3\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = script("--dry-run", OUT=str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 1 and re.findall(r"^== (.+) \(at most", done.stdout, re.MULTILINE) == STEPS
+    failed = re.findall(r"FAILED: (.+): exit status 3", done.stderr)
+    assert failed == STEPS[1:] and "names of the kernels" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so_and_does_nothing():
+    done = script()
+    assert done.returncode == 2 and "sees no GPU" in done.stderr and done.stdout == ""
+    assert script("--dryrun").returncode == 2
+
+
+def test_the_names_of_the_kernels_are_those_in_the_sources(tmp_path):
+    sources = "".join(path.read_text() for path in (ROOT / "kernels/gfwsvd_kernels").glob("*.py"))
+    launched = {*re.findall(r"(\w+)\[[^\[\]\n]+(?:\([^()]*\)[^\[\]\n]*)*\]\(\n", sources)}
+    assert launched and launched <= {*kernel_names()}
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/a.cu").write_text(
+        "#define KERNEL __global__ void __launch_bounds__(THREADS, 1)\n"
+        "template <class Type> KERNEL first_kernel(const Group group) {}\n"
+        "__global__ void __launch_bounds__(32) second_kernel(int *x) {}\n"
+        "__device__ void helper_kernel(int x);\n"
+    )
+    assert kernel_names(tmp_path) == ["first_kernel", "second_kernel"]
+
+
+def test_every_kernel_of_the_extension_has_a_name_that_is_found():
+    declared = [
+        line
+        for path in ROOT.glob("csrc/*.cu*")
+        for line in path.read_text().splitlines()
+        if re.search(r"\b(__global__|KERNEL)\b", line) and not line.startswith("#")
+    ]
+    assert all(any(f"{name}(" in line for name in kernel_names()) for line in declared)
