@@ -28,7 +28,8 @@ from gfwsvd_kernels.finish import (
 )
 from gfwsvd_kernels.layout import Layout
 
-RANK_TILE = 16  # columns of z that a program computes at a time: the fewest that a tensor-core instruction takes
+# Programs of an SM, which has to have room for them: one has too few bytes on their way to keep the memory busy.
+PER_SM = {80: 1, 90: 2, 100: 2}
 
 
 @triton.jit
@@ -198,11 +199,16 @@ def persistent(
     target = target or tiles.target(x.device)
     tile = tile or tiles.tile("persistent", target, stored, x, down)
     sums, counters, z = workspace_parts(workspace, layout, stored)
+    # Columns of z that a program computes at a time: the fewest that tensor cores take, or twice as many, which read x
+    # half as often, where there are enough for all SMs
+    ranks, per_sm = 16, PER_SM[target.arch]
+    if num_tokens > 16 and layout.rank >= 32 * target.num_sms:
+        ranks, per_sm = 32, 1
     sharing = layout.projections[:1] if layout.silu_mul and not layout.pivoted else layout.projections
     num_units = sum(triton.cdiv(projection.pitch, tile.cols) for projection in sharing)
-    most = max(num_units, triton.cdiv(layout.rank, RANK_TILE))
+    most = max(num_units, triton.cdiv(layout.rank, ranks))
     # The interpreter runs one program to its end before the next: only one can pass the barrier
-    programs = min(target.num_sms, most) if x.device.type != "cpu" else 1
+    programs = min(per_sm * target.num_sms, most) if x.device.type != "cpu" else 1
     persistent_kernel[(programs,)](
         y,
         x,
@@ -222,7 +228,7 @@ def persistent(
         num_units,
         NUM_PROJECTIONS=len(layout.projections),
         BLOCK_T=max(tile.rows, triton.next_power_of_2(num_tokens)),
-        BLOCK_R=RANK_TILE,
+        BLOCK_R=ranks,
         BLOCK_I=tile.depth,
         BLOCK_O=tile.cols,
         HAS_BIAS=bias is not None,

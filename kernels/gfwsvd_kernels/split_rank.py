@@ -152,7 +152,7 @@ def split_rank(
     target = target or tiles.target(x.device)
     tile = tile or tiles.tile("split_rank", target, stored, x, down)
     sums, counters, z = workspace_parts(workspace, layout, stored)
-    # Fewer wait than fit on the GPU, whatever its size. In the interpreter, which runs one program after the other, none
+    # Fewer wait than fit on the GPU, whatever its size. In the interpreter, which runs one after the other, none does
     finishers = min(layout.num_blocks, layout.num_programs, target.num_sms) if x.device.type != "cpu" else 1
     ranks = max(16, triton.next_power_of_2(max(p.chunk for p in layout.projections)))
     split_rank_kernel[(layout.num_programs,)](

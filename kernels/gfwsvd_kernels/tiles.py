@@ -78,7 +78,7 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "persistent": {  # rows: tokens, at least; cols: of up; depth: of x and down, and of z and up
         80: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
-        90: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
+        90: {2: Tile(16, 32, 128, 4, 5), 4: Tile(16, 32, 32, 4, 3)},
         100: {2: Tile(16, 64, 64, 8, 3), 4: Tile(16, 32, 32, 8, 3)},
     },
 }

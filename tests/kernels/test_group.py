@@ -93,6 +93,13 @@ def test_a_slice_of_the_rank_may_be_as_long_as_64(monkeypatch):
         assert_as_good_as(by_torch(x, projections, None), run("split_rank", group, x), oracle(x, projections, None))
 
 
+def test_many_ranks_are_computed_in_wider_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "H200", tiles.Target(90, 2))
+    projections = [factors(40, 70, 128, True, True, dtype=torch.float32)]
+    group, x = LowRankGroup(projections), inputs(projections, 20)
+    assert_as_good_as(by_torch(x, projections, None), run("persistent", group, x), oracle(x, projections, None))
+
+
 def test_the_number_of_tokens_decides_the_launch(monkeypatch):
     asked = []
     for name in ("split_rank", "persistent", "matmuls"):
