@@ -198,12 +198,13 @@ PYBIND11_MODULE(GFWSVD_MODULE, m) {
         found["num_sms"] = limits.num_sms;
         found["shared_bytes"] = limits.shared_bytes;
         return found;
-    }, "What a device has, as the plans take it.");
+    }, "What a device has, as the plans take it.", py::arg("device"));
     m.def("sizes_of", [](int num_tokens, int d_in, const std::vector<long long>& sizes, bool silu_mul) {
         Needs needs;
         sized(num_tokens, d_in, sizes, silu_mul, needs);
         return std::make_tuple(needs.sync_start, needs.z_start, needs.table, needs.workspace);
-    }, "Where the counters and z begin in the workspace, and the elements of table and workspace.");
+    }, "Where the counters and z begin in the workspace, and the elements of table and workspace.", py::kw_only(),
+       py::arg("num_tokens"), py::arg("d_in"), py::arg("sizes"), py::arg("silu_mul"));
 #ifdef GFWSVD_EMULATED
     define_emulator(m);
 #endif
