@@ -69,5 +69,5 @@ lint: $(MARK)
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build kernels/gfwsvd_kernels/_C*.so dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

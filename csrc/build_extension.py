@@ -104,7 +104,8 @@ def readable(symbol: str) -> str:
 
 def nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
+    places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]  # None is PATH
+    found = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     return found or _missing("nvcc", "the CUDA toolkit, on PATH or under CUDA_HOME")
 
 

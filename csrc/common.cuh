@@ -268,7 +268,8 @@ void launch_kernel(Kernel kernel, const Launch& launch, const Group& group, void
 
 // Clusters that the device holds at once.
 template <class Kernel>
-int count_resident(Kernel kernel, const Launch& launch, int num_sms) {
+int count_resident(Kernel kernel, Launch launch, int num_sms) {
+    launch.grid = launch.cluster;  // any valid one
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = configuration(kernel, launch, attributes, nullptr, false);
     int count = 0;

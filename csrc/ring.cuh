@@ -55,6 +55,7 @@ struct Ring {
         }
         copies_arrive(full);
 #endif
+        sync_warp();
         advance();
     }
 
