@@ -122,6 +122,7 @@ Launch plan(Group& group, Half half, bool persistent, int device, int cluster, i
 }
 
 void run(bool persistent, const Arguments& arguments, int device, Address stream, int cluster, int stages) {
+    check_tokens(persistent ? "persistent" : "decode", persistent ? SOME_TOKENS : FEW_TOKENS, arguments.num_tokens);
     Group group = checked(arguments);
     const Half half = half_of(arguments.dtype);
     const Launch launch = plan(group, half, persistent, device, cluster, stages);

@@ -84,7 +84,8 @@ DEVICE void mbarrier_init_fence() {  // shows the initialised barriers to the co
 #endif
 }
 DEVICE void mbarrier_arrive(uint64_t* barrier) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+                 : "memory");
 }
 DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     uint32_t done;

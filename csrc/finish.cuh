@@ -45,8 +45,8 @@ DEVICE void finish_block(const Group& group, const Projection& p, int block) {
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const long long at = static_cast<long long>(first + i) * group.out_width;
-                if (first + i < group.num_tokens) group.y[at + (group.silu_mul ? 0 : p.out_start) + out] = Type::round(y[i]);
+                const long long at = static_cast<long long>(first + i) * group.out_width + out;
+                if (first + i < group.num_tokens) group.y[at + (group.silu_mul ? 0 : p.out_start)] = Type::round(y[i]);
             }
         }
     }

@@ -82,7 +82,7 @@ HOST_DEVICE inline Range intersect(Range range, int first, int size) {
 
 // Part `i` of `parts` of `size` things, in multiples of `unit`.
 HOST_DEVICE inline Range share(int size, int unit, int i, int parts) {
-    const unsigned units = (size + unit - 1) / unit;  // sizes are below 2^23 and parts at most MAX_CLUSTERS: no overflow
+    const unsigned units = (size + unit - 1) / unit;  // below 2^23, and parts at most MAX_CLUSTERS: no overflow
     const int begin = units * i / parts * unit, end = units * (i + 1) / parts * unit;
     return {begin < size ? begin : size, end < size ? end : size};
 }

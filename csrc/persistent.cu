@@ -96,7 +96,8 @@ DEVICE void multiply_up(const Group& group, Ring& ring, const Projection& p, int
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int col = (warp * COL_TILES + i) * 16 + j / 2 * 8 + lane / 4, token = n * 8 + lane % 4 * 2 + j % 2;
+                const int col = (warp * COL_TILES + i) * 16 + j / 2 * 8 + lane / 4;
+                const int token = n * 8 + lane % 4 * 2 + j % 2;
                 if (col < num_cols) partial[token * Y_PITCH + col] = y[i][n][j];
             }
         }
@@ -175,7 +176,8 @@ DEVICE void compute_z(const Group& group, Ring& ring, Peers& peers, Range ranks,
 template <class Type, int TOKEN_TILES>
 DEVICE void compute_y(const Group& group, Ring& ring, Peers& peers, int cluster) {
     float* partial = shared_at<float>(group.partial_at);
-    const int other_at = group.window_tile < HALF_COLS ? group.window_tile : TOKEN_TILES * 8 * Y_PITCH;  // beside, or behind
+    // Where y of the second of a pair lies: beside the first if the tile leaves room, else behind.
+    const int other_at = group.window_tile < HALF_COLS ? group.window_tile : TOKEN_TILES * 8 * Y_PITCH;
     bool again = false;
     for (int i = 0; i < group.num_projections; ++i) {
         const Projection& p = group.projections[i];

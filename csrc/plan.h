@@ -82,7 +82,8 @@ inline Needs lay_out(Group& group, const std::vector<long long>& sizes, bool sil
     needs.table = table;
     const long long sums = (group.pivoted ? SOME_TOKENS : FEW_TOKENS) * acc;
     const long long z_start = (sums + group.num_blocks + BARRIER + 3) / 4 * 4, workspace = z_start + SOME_TOKENS * z;
-    require(workspace < 1LL << 31, "a workspace must have fewer than 2^31 elements, got ", workspace, ": split the group");
+    require(workspace < 1LL << 31, "a workspace must have fewer than 2^31 elements, got ", workspace,
+            ": split the group");
     needs.sync_start = sums, needs.z_start = z_start, needs.workspace = workspace;
     return needs;
 }
@@ -93,19 +94,24 @@ constexpr int MAX_RANKS = 512;  // of a cluster in `decode`, so that z leaves ro
 inline void place_stages(Group& group, Launch& launch, int fixed, int limit, int wanted) {
     group.stages_at = rounded_up(fixed, 128);
     const int fit = (limit - group.stages_at) / STAGE_BYTES;
-    require(fit >= 2, "the launch needs ", group.stages_at + 2 * STAGE_BYTES, " bytes of shared memory, the device has ",
-            limit, " for a block");
+    require(fit >= 2, "the launch needs ", group.stages_at + 2 * STAGE_BYTES,
+            " bytes of shared memory, the device has ", limit, " for a block");
     group.stages = launch.stages = std::max(2, std::min({fit, MAX_STAGES, wanted}));
     launch.shared_bytes = group.stages_at + group.stages * STAGE_BYTES;
 }
 
 inline int choose_cluster(const Device& device, int cluster) {
-    require(device.arch >= 80, "compute capability 8.0 or later is needed, got ", device.arch / 10, ".", device.arch % 10);
+    require(device.arch >= 80, "compute capability 8.0 or later is needed, got ", device.arch / 10, ".",
+            device.arch % 10);
     require(cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8,
             "cluster must be 1, 2, 4 or 8, or 0 for the default, got ", cluster);
     require(cluster <= 1 || device.arch >= 90, "clusters need compute capability 9.0 or later, got ", device.arch / 10,
             ".", device.arch % 10);
     return cluster ? cluster : device.arch >= 90 ? 4 : 1;
+}
+
+inline void check_tokens(const char* kernel, int most, int num_tokens) {
+    require(num_tokens >= 1 && num_tokens <= most, kernel, " takes 1 to ", most, " tokens, got ", num_tokens);
 }
 
 // Deal out units to clusters by cost: projection i has `units[i]` of `costs[i]` each.
@@ -129,8 +135,7 @@ inline void deal(Group& group, int clusters, const long long* units, const long 
 template <class Resident>
 Launch plan_decode(Group& group, const Device& device, int cluster, int stages, Resident&& resident) {
     Launch launch = {0, choose_cluster(device, cluster), THREADS, 0, 0};
-    require(group.num_tokens >= 1 && group.num_tokens <= FEW_TOKENS, "decode takes 1 to ", FEW_TOKENS, " tokens, got ",
-            group.num_tokens);
+    check_tokens("decode", FEW_TOKENS, group.num_tokens);
     long long units[MAX_PROJECTIONS], costs[MAX_PROJECTIONS];
     for (int i = 0; i < group.num_projections; ++i) {
         units[i] = group.projections[i].rank;
@@ -170,8 +175,7 @@ Launch plan_decode(Group& group, const Device& device, int cluster, int stages, 
 template <class Resident>
 Launch plan_persistent(Group& group, const Device& device, int cluster, int stages, Resident&& resident) {
     Launch launch = {0, choose_cluster(device, cluster), THREADS, 0, 0};
-    require(group.num_tokens >= 1 && group.num_tokens <= SOME_TOKENS, "persistent takes 1 to ", SOME_TOKENS,
-            " tokens, got ", group.num_tokens);
+    check_tokens("persistent", SOME_TOKENS, group.num_tokens);
     const int tiles = group.num_tokens <= 16 ? 2 : group.num_tokens <= 32 ? 4 : 8, padded = tiles * 8;
     const bool paired = is_paired(group);
     group.window_tile = paired && tiles == 8 ? HALF_COLS / 2 : HALF_COLS;

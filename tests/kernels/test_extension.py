@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,8 @@ def arguments(**changes) -> dict:
 
 
 WRONG = {
+    "takes 1 to (8|64) tokens, got 0": {"num_tokens": 0},
+    "takes 1 to (8|64) tokens, got 65": {"num_tokens": 65},
     "x must be an address, got 0": {"x": 0},
     "y must be an address": {"y": 0},
     "up must be at a multiple of 16 bytes, got 8, which is 8 past one": {"up": 8},
@@ -215,6 +218,30 @@ def test_the_face_raises_where_there_is_no_gpu_or_no_extension(monkeypatch, modu
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
         extension.persistent(x, *buffers, group.layout, y)
     assert extension.plan("decode", 1, 40, group.layout)["cluster"] == 4
+
+
+@pytest.fixture
+def on_small_gpu(monkeypatch, module):
+    """As if tensors of the CPU were on a GPU of compute capability 8.6, which has little shared memory."""
+    limits = {"arch": 86, "num_sms": 84, "shared_bytes": 99 * 1024}
+    plans = {"decode_plan": module.decode_plan, "persistent_plan": module.persistent_plan}
+    monkeypatch.setattr(extension, "module", lambda: SimpleNamespace(limits=lambda device: limits, **plans))
+    extension._has_plan.cache_clear()
+    yield
+    extension._has_plan.cache_clear()
+
+
+def test_what_fits_is_known_before_a_call(on_small_gpu):
+    sizes = LowRankGroup([factors(64, 5, 33, False, False, dtype=torch.bfloat16, device="cpu")]).layout
+    x = torch.zeros(70, 64, dtype=torch.bfloat16)
+    assert extension.fits("decode", x[:8], sizes) and extension.fits("persistent", x[:16], sizes)
+    assert not extension.fits("decode", x[:9], sizes)
+    assert not extension.fits("decode", x[:0], sizes)
+    assert not extension.fits("persistent", x[:64], sizes)  # too little shared memory
+    assert not extension.fits("decode", x[:8].float(), sizes)
+    assert not extension.fits("decode", x[:8, :60].contiguous(), sizes)
+    assert not extension.fits("decode", x[:8, 1:57], sizes)
+    assert not extension.fits("decode", x[:8].mT.contiguous().mT, sizes)
 
 
 def test_the_face_names_a_tensor_that_does_not_fit():

@@ -271,9 +271,9 @@ inline void copy_now(const Copy& copy) {
 }
 inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-    if (!aligned(to) || !aligned(from) || bytes % 16) throw std::runtime_error("bulk copy: not in multiples of 16 bytes");
+    if (!aligned(to) || !aligned(from) || bytes % 16) throw std::runtime_error("bulk copy: not in units of 16 bytes");
 #ifdef __SANITIZE_THREAD__
-    copy_now({to, from, bytes, barrier});  // by the thread that asked, so that it is ordered by what that one waited for
+    copy_now({to, from, bytes, barrier});  // by the thread that asked: ordered by what that one waited for
 #else
     Machine::instance->copies.push_back({to, from, bytes, barrier});
 #endif
@@ -316,7 +316,9 @@ inline void pause() { scheduler().yield(); }
 
 // Host side.
 inline Device read_limits(int) { return {GFWSVD_EMULATED, settings.num_sms, settings.shared_bytes}; }
-template <class Kernel> int count_resident(Kernel, const Launch& launch, int num_sms) { return num_sms / launch.cluster; }
+template <class Kernel> int count_resident(Kernel, const Launch& launch, int num_sms) {
+    return num_sms / launch.cluster;
+}
 
 // Shared memory is lost when the last thread of a block ends: a peer that still reads it gets NaN, and is caught.
 inline void end_thread() {
