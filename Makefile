@@ -9,13 +9,14 @@ INSTALL := install --quiet --quiet --disable-pip-version-check --constraint requ
 PIP := $(RUN) -m pip $(INSTALL)
 MARK := $(VENV)/.complete
 
-.PHONY: help install demo test gpu lint clean
+.PHONY: help install demo test gpu extension lint clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
 	@echo "make demo      compress a real language model and compare the methods"
 	@echo "make test      run the test suite"
 	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
+	@echo "make extension build the CUDA C++ kernels in place: needs nvcc, ninja and pybind11 (or torch), no GPU"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make clean     remove $(VENV), caches and build products"
 
@@ -58,11 +59,15 @@ test: $(MARK)
 gpu:
 	@PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
+# With the environment's packages where it exists, else with those of PYTHON, as on a machine that has its own torch.
+extension:
+	@if [ -x $(RUN) ]; then $(RUN) csrc/build_extension.py; else $(PYTHON) csrc/build_extension.py; fi
+
 lint: $(MARK)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build kernels/gfwsvd_kernels/_C*.so dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,14 +1,14 @@
 """`lowrank_group` on a GPU: which way a number of tokens goes.
 
 Up to 8 tokens one launch splits the rank, up to 64 one persistent launch has a barrier; where the CUDA C++ extension is
-built it takes the place of both. More tokens are matrix products, which the BLAS does best, and one pass that finishes
+built and takes the group (`extension.fits`) it does both, else Triton. More tokens are matrix products, which the BLAS does best, and one pass that finishes
 them where there is a pivot or an activation.
 """
 
 import torch
 from torch import Tensor
 
-from gfwsvd_kernels import tiles
+from gfwsvd_kernels import extension, tiles
 from gfwsvd_kernels.finish import finish_products
 from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS, Layout
 from gfwsvd_kernels.persistent import persistent
@@ -62,6 +62,11 @@ def lowrank_group(
         y = matmuls(rows, down, up, bias, table, workspace, layout)
     else:
         any_order = len(rows) <= FEW_TOKENS and not torch.are_deterministic_algorithms_enabled()
-        launch = split_rank if any_order else persistent
-        y = launch(rows, down, up, bias, table, workspace, layout, target=target)
+        compiled = "decode" if any_order else "persistent"
+        if x.is_cuda and extension.available(x.device) and extension.fits(compiled, rows, layout):
+            y = x.new_empty(len(rows), layout.out_width)
+            getattr(extension, compiled)(rows, down, up, bias, table, workspace, layout, y)
+        else:
+            launch = split_rank if any_order else persistent
+            y = launch(rows, down, up, bias, table, workspace, layout, target=target)
     return y.view(*x.shape[:-1], layout.out_width)
