@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import Case
+from gfwsvd_kernels import tiles
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,20 @@ def _products(a: dict[str, Any], x: torch.Tensor) -> int:
 
 
 def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, y, block, tokens, width = a["x_ptr"], a["y_ptr"], a["BLOCK_D"], a["num_tokens"], a["width"]
-    num_tiles, splits = grid
-    pair = x.element_size() + y.element_size()
+    x, y, rows, cols, width = a["x_ptr"], a["y_ptr"], a["BLOCK_I"], a["BLOCK_J"], a["width"]
+    plan = tiles.Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"])
+    num_tiles = plan.waves * plan.programs + plan.rest
+    additions = sum(len(plan.segments(program)) for program in range(plan.programs))
+    step_bytes = a["BLOCK_T"] * (rows * x.element_size() + cols * y.element_size())
     count = _products(a, x)
-    operands = width * (pair if y is not x else x.element_size())
+    operands = width * (x.element_size() + (y.element_size() if y is not x else 0))
     return Work(
-        blocks=num_tiles * splits,
-        flops=2 * num_tiles * block**2 * tokens * count,
+        blocks=plan.programs,
+        flops=2 * rows * cols * a["BLOCK_T"] * plan.longest * plan.programs * count,  # as if all were the busiest
         half=count == 1,
-        dram_bytes=tokens * operands + 8 * width * (width + 1) // 2,
-        l2_bytes=num_tiles * block * (tokens * pair + 8 * block * splits),
-        step_bytes=a["BLOCK_T"] * block * pair,
+        dram_bytes=a["num_tokens"] * operands + 8 * width * (width + 1) // 2,
+        l2_bytes=num_tiles * plan.steps * step_bytes + additions * rows * cols * 8,
+        step_bytes=step_bytes,
     )
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 from benchmarks import measure, record, run, tables
 from benchmarks.gate import Gate
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.model import Card, blocks_per_sm, predicted
+from benchmarks.model import Card, predicted
 from benchmarks.providers import Provider, plain
 from benchmarks.registry import OPS
 from benchmarks.shapes import MODELS, Case, Grid, rank
@@ -323,14 +323,6 @@ def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp
     assert text.count("12345") == 1 and f"commit {rows[0]['commit']}" in text
     assert "gram_accumulate, not timed: quack: " in text
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-
-
-def test_occupancy_is_what_the_scarcest_resource_allows():
-    assert blocks_per_sm(128, 0, 8) == 2  # registers: 65536 / (128 x 256)
-    assert blocks_per_sm(129, 0, 8) == 1  # they come in eights
-    assert blocks_per_sm(32, 100 * 1024, 4) == 2  # shared memory: 228 / (100 + 1)
-    assert blocks_per_sm(16, 0, 16) == 4  # threads: 2048 / 512
-    assert blocks_per_sm(16, 0, 1) == 32  # blocks
 
 
 def test_a_prediction_takes_the_longest_of_its_terms():

@@ -54,12 +54,12 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
-            elif parameter.is_constexpr or value is None or value == 1:
+            elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
-                aligned = value % 16 == 0
+                aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
@@ -72,6 +72,7 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    blocks_per_sm: int
     tensor_core: tuple[str, ...]
 
 
@@ -94,7 +95,9 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     compiled = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
     usage = _resource_usage(compiled.asm["cubin"])
     found = tuple(name for name in TENSOR_CORE if name in compiled.asm["ptx"])
-    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, found)
+    shared_bytes = compiled.metadata.shared
+    per_sm = tiles.blocks_per_sm(usage["REG"], shared_bytes, launch.options["num_warps"], arch)
+    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], shared_bytes, per_sm, found)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -123,9 +126,9 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
 
 
 def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    few, many, rank = 8, 2048, width // 8
+    few, many, rank = 8, 8192, width // 8
     x, weight, A = _empty(many, width, dtype=dtype), _empty(many), _empty(width, width)
-    gram.gram_accumulate(A, x, weight, target=target, splits=2)
+    gram.gram_accumulate(A, x, weight, target=target)
     quadform.quadratic_form(x, A, target=target)
     sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
     down, up, bias = (_empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
@@ -134,11 +137,11 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
 
 
 def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    x, weight, A = _empty(2048, width, dtype=dtype), _empty(2048), _empty(width, width)
-    gram.gram_accumulate(A, x, weight, target=target, splits=1)
-    for splits in (1, 2):
-        gram.gram_accumulate(A, x, target=target, splits=splits)
-        gram.gram_accumulate(A, x, other=x.float(), target=target, splits=splits)
+    x, weight, A = _empty(8192, width, dtype=dtype), _empty(8192), _empty(width, width)
+    for tile in (None, tiles.tile("gram", target, dtype, x)):
+        gram.gram_accumulate(A, x, target=target, tile=tile)
+        gram.gram_accumulate(A, x, weight, target=target, tile=tile)
+    gram.gram_accumulate(A, x, other=x.float(), target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
 
 
@@ -156,7 +159,8 @@ def report(arch: int, number: int) -> dict[str, Any]:
     launch = shipped_launches(arch)[number]
     pointers = [kind for kind in launch.source().signature.values() if kind.startswith("*")]
     flags = {name: value for name, value in launch.arguments.items() if name.isupper()} | launch.options
-    name = {"kernel": launch.kernel.__name__, "arch": arch, "pointers": " ".join(pointers), "flags": flags}
+    name = {"kernel": launch.kernel.__name__, "arch": arch, "grid": launch.grid, "pointers": " ".join(pointers)}
+    name["flags"] = flags
     return name | asdict(compile_launch(launch, arch))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, assert_as_good_as, least_eigenvalue, with_nan_above_diagonal
 
-from gfwsvd_kernels import gram, gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step
+from gfwsvd_kernels import gram, gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step, tiles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -34,13 +34,16 @@ def test_gram_accumulate_agrees_with_float64(size, dtype, weighted):
     assert least_eigenvalue(out) > -1e-5
 
 
-def test_split_tokens_add_every_part_exactly_once():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(100_000, 200), (4096, 1024), (8192, 4096), (513, 2000), (31, 4100)])
+def test_every_step_of_every_tile_is_added_exactly_once(size, dtype):
     """Integers, so that any order of additions gives the same bits and a lost or doubled one shows."""
-    x = torch.randint(-3, 4, (100_000, 200), device="cuda").bfloat16()
+    x = torch.randint(-3, 4, size, device="cuda").to(dtype)
     expected = (x.double().mT @ x.double()).tril()
-    for splits in (2, 7, 64):
-        out = torch.zeros(200, 200, device="cuda")
-        gram.gram_accumulate(out, x, splits=splits)
+    out = torch.zeros_like(expected, dtype=torch.float32)
+    for tile in tiles.gram_candidates(tiles.target(x.device), dtype, out, x, x):
+        out.zero_()
+        gram.gram_accumulate(out, x, tile=tile)
         assert torch.equal(out.double(), expected)
 
 

@@ -2,23 +2,27 @@
 
 import pytest
 import torch
+import triton.language as tl
 from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, laid_out, least_eigenvalue
 from torch import Tensor
+from triton import jit
 
 from gfwsvd_kernels import gram, gram_accumulate, reference, tiles
 
 SMALL = tiles.Tile(16, 16, 16, 4, 2)
+WIDE = tiles.Tile(16, 32, 16, 4, 2)
+THREE_SMS = tiles.Target(90, 3)  # whole tiles in several waves, and shares of the rest
 
 
 def triton(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
-    gram.gram_accumulate(out, x, weight, other, tile=SMALL, splits=1)
+    gram.gram_accumulate(out, x, weight, other, tile=SMALL)
 
 
-def triton_split(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
-    gram.gram_accumulate(out, x, weight, other, tile=SMALL, splits=3)
+def triton_wide(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
+    gram.gram_accumulate(out, x, weight, other, tile=WIDE, target=THREE_SMS)
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("accumulate", [gram_accumulate, triton, triton_split])
+IMPLEMENTATIONS = pytest.mark.parametrize("accumulate", [gram_accumulate, triton, triton_wide])
 
 
 def oracle(x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> Tensor:
@@ -143,14 +147,32 @@ def test_operands_of_different_dtypes_are_multiplied_in_float32():
     assert_as_good_as(oracle(x, None, other), out, oracle(x, None, other))
 
 
-def test_deterministic_mode_keeps_the_tokens_together(monkeypatch):
-    asked = []
-    monkeypatch.setattr(tiles, "token_splits", lambda *args: asked.append(args) or 2)
-    x, out = torch.randn(70, 20, device=DEVICE), torch.zeros(20, 20, device=DEVICE)
-    torch.use_deterministic_algorithms(True)
-    try:
-        gram.gram_accumulate(out, x, tile=SMALL)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert not asked
-    assert_as_good_as(oracle(x), out, oracle(x))
+def test_operands_longer_than_the_plan_of_one_program_are_walked_whole():
+    """Whole tiles in waves, blocks of steps and ranges across tiles, in one launch."""
+    x = torch.randn(700, 90, device=DEVICE)
+    for tile in (SMALL, WIDE):
+        for num_sms in (1, 2, 5, 20):
+            out = torch.zeros(90, 90, device=DEVICE)
+            gram.gram_accumulate(out, x, tile=tile, target=tiles.Target(90, num_sms))
+            assert_as_good_as(oracle(x), out, oracle(x))
+
+
+@jit
+def places_kernel(row_ptr, col_ptr, first, RATIO: tl.constexpr, BLOCK: tl.constexpr):
+    tile = first + tl.arange(0, BLOCK)
+    row, col = gram.place(tile, RATIO)
+    tl.store(row_ptr + tl.arange(0, BLOCK), row)
+    tl.store(col_ptr + tl.arange(0, BLOCK), col)
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_tile_numbers_cover_the_tiles_of_the_triangle_row_by_row(ratio):
+    for first in (0, 2**24 - 2048, 2**27):  # the last two are beyond where 8 tile + 1 is exact in float32
+        rows, cols = torch.empty(2, 4096, dtype=torch.int32, device=DEVICE)
+        places_kernel[(1,)](rows, cols, first, RATIO=ratio, BLOCK=4096)
+        rows, cols = rows.long(), cols.long()
+        before = torch.stack([(row // ratio) * (row // ratio + 1) // 2 * ratio for row in (rows, rows + 1)])
+        starts = before + torch.stack([row % ratio * (row // ratio + 1) for row in (rows, rows + 1)])
+        numbers = first + torch.arange(4096, device=DEVICE)
+        assert torch.equal(starts[0] + cols, numbers) and (numbers < starts[1]).all()
+        assert (cols >= 0).all() and (cols <= rows // ratio).all()
