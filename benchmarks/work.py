@@ -25,6 +25,9 @@ class Work:
     step_bytes: int
 
 
+L2_BYTES = 60e6  # of an H200
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -54,16 +57,21 @@ def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
 
 
 def _quadratic_form(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, rows, cols, tokens, width = a["x_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
-    row_blocks, col_blocks = grid
+    x, g, rows, cols, tokens, width = a["x_ptr"], a["g_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
+    col_blocks = cdiv(width, cols)
+    row_blocks = grid[0] // col_blocks
     size = x.element_size()
     walked = cols * col_blocks * (col_blocks + 1) // 2  # columns of A under the diagonal, by all blocks of rows of A
+    # each group of blocks of tokens walks A; it stays in L2 where it fits half of it
+    triangle = 4 * width * (width + 1) // 2
+    walks = cdiv(row_blocks, a["GROUP"]) if triangle > L2_BYTES / 2 else 1
+    scaled = 2 * tokens * a["width_g"] * size if g is not None else 0
     return Work(
-        blocks=row_blocks * col_blocks,
+        blocks=grid[0],
         flops=2 * row_blocks * rows * cols * walked * (2 if a["SPLIT_BF16"] else 3),
         half=a["SPLIT_BF16"],
-        dram_bytes=tokens * (width * size + 4 * col_blocks) + 4 * width * (width + 1) // 2,
-        l2_bytes=row_blocks * walked * (rows * size + cols * 4),
+        dram_bytes=tokens * (width * size + 4) + walks * triangle + scaled,
+        l2_bytes=row_blocks * walked * (rows * size + cols * 4) + 8 * tokens * col_blocks + scaled,
         step_bytes=a["BLOCK_J"] * (rows * size + cols * 4),
     )
 

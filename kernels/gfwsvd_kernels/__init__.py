@@ -3,7 +3,21 @@
 Importing this package imports torch and nothing heavier: Triton is imported when an operator first meets a CUDA tensor.
 """
 
-from gfwsvd_kernels.ops import gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step
-from gfwsvd_kernels.reference import symmetrize
+from gfwsvd_kernels.ops import (
+    gram_accumulate,
+    lowrank_linear,
+    quadratic_form,
+    quadratic_form_scale,
+    sequence_unit_step,
+)
+from gfwsvd_kernels.reference import pack, symmetrize
 
-__all__ = ["gram_accumulate", "lowrank_linear", "quadratic_form", "sequence_unit_step", "symmetrize"]
+__all__ = [
+    "gram_accumulate",
+    "lowrank_linear",
+    "pack",
+    "quadratic_form",
+    "quadratic_form_scale",
+    "sequence_unit_step",
+    "symmetrize",
+]

@@ -57,6 +57,8 @@ class Launch:
             elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
@@ -129,7 +131,7 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
     few, many, rank = 8, 8192, width // 8
     x, weight, A = _empty(many, width, dtype=dtype), _empty(many), _empty(width, width)
     gram.gram_accumulate(A, x, weight, target=target)
-    quadform.quadratic_form(x, A, target=target)
+    quadform.quadratic_form_scale(x, A, x, 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
     down, up, bias = (_empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
     for num_tokens in (few, many):
@@ -138,18 +140,29 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
 
 def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
     x, weight, A = _empty(8192, width, dtype=dtype), _empty(8192), _empty(width, width)
-    for tile in (None, tiles.tile("gram", target, dtype, x)):
-        gram.gram_accumulate(A, x, target=target, tile=tile)
-        gram.gram_accumulate(A, x, weight, target=target, tile=tile)
+    gram.gram_accumulate(A, x, target=target)
+    gram.gram_accumulate(_packed(A), x, target=target)
+    gram.gram_accumulate(_packed(A), x, weight, target=target)
     gram.gram_accumulate(A, x, other=x.float(), target=target)
+    narrow = tiles.tile("gram", target, dtype, x)
+    gram.gram_accumulate(A, x, target=target, tile=narrow)
+    gram.gram_accumulate(A, x, weight, target=target, tile=narrow)
+    quadform.quadratic_form(x, A, target=target)
+    quadform.quadratic_form(x[:128], A, target=target)
+    quadform.quadratic_form_scale(x, _packed(A), x, 1.0, target=target)
+    quadform.quadratic_form_scale(x[:128], _packed(A), x[:128], 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
+
+
+def _packed(matrix: torch.Tensor) -> torch.Tensor:
+    return _empty(matrix.shape[0] * (matrix.shape[0] + 1) // 2)
 
 
 def _launch_ones(target: tiles.Target) -> None:
     """Sizes and strides of one, which Triton turns into constants: other code, which must compile too."""
     one = _empty(1, 1)
     gram.gram_accumulate(one, one, one[0], target=target)
-    quadform.quadratic_form(one, one, target=target)
+    quadform.quadratic_form_scale(one, one, one, 1.0, target=target)
     sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
     lowrank.lowrank_linear(one, one, one, one[0], target=target)
 

@@ -54,8 +54,8 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "quadratic_form": {
         80: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        90: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        100: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        90: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        100: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     },
     "scores": {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
@@ -79,9 +79,12 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }
 
-# architecture -> bytes per element -> the other tile of the Gram kernel, for an aligned `out` alone: where additions to
-# memory are no vectors (packed rows; sm_80) their addresses spill.
-WIDE: dict[int, dict[int, Tile]] = {80: {}, 90: {2: Tile(128, 256, 64, 8, 3)}, 100: {2: Tile(128, 256, 64, 8, 3)}}
+# Larger tiles, which load less for each product, of the kernels that choose by the size of the problem. Those of the
+# Gram kernel serve an aligned `out` alone: where additions to memory are no vectors (packed rows; sm_80) they spill.
+LARGE: dict[str, dict[int, dict[int, Tile]]] = {
+    "gram": {80: {}, 90: {2: Tile(128, 256, 64, 8, 3)}, 100: {2: Tile(128, 256, 64, 8, 3)}},
+    "quadratic_form": {80: {}, 90: {2: Tile(256, 128, 32, 8, 4)}, 100: {2: Tile(256, 128, 32, 8, 4)}},
+}
 
 # Rows that are not contiguous, or start at no multiple of 16 elements, need an address for each element, hence more
 # registers and smaller tiles.
@@ -205,8 +208,9 @@ def plan(num_tiles: int, steps: int, programs: int) -> Plan:
 def gram_candidates(target: Target, dtype: torch.dtype, out: Tensor, x: Tensor, other: Tensor) -> list[Tile]:
     """The tiles of the Gram kernel that multiplies in dtype and addresses these tensors."""
     found = [tile("gram", target, dtype, x, other)]
-    if out.ndim == 2 and _is_aligned(x, other, out) and (wide := WIDE[target.arch].get(dtype.itemsize)):
-        found.append(wide)
+    large = LARGE["gram"][target.arch].get(dtype.itemsize)
+    if large and out.ndim == 2 and _is_aligned(x, other, out):
+        found.append(large)
     return found
 
 
@@ -222,3 +226,11 @@ def gram_plan(candidates: list[Tile], target: Target, num_tokens: int, width: in
         programs = num_tiles if deterministic else target.num_sms * candidate.per_sm
         planned.append((candidate, plan(num_tiles, steps, programs)))
     return min(planned, key=lambda pair: pair[1].longest * pair[0].depth * (pair[0].rows + pair[0].cols))
+
+
+def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor) -> Tile:
+    """The large tile where its programs are no fewer than the SMs, else the other one."""
+    large = LARGE["quadratic_form"][target.arch].get(dtype.itemsize)
+    if large and _is_aligned(x, A) and -(-x.shape[0] // large.rows) * -(-x.shape[1] // large.cols) >= target.num_sms:
+        return large
+    return tile("quadratic_form", target, dtype, x, A)

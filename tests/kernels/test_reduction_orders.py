@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from gfwsvd_kernels import gram, tiles
+from gfwsvd_kernels import gram, quadform, tiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter alone runs programs in order")
 
@@ -109,3 +109,26 @@ def test_deterministic_mode_gives_the_same_bits_on_any_machine_in_any_order():
                 assert torch.equal(accumulated(x, num_sms).tril(), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_last_to_arrive_gives_the_quadratic_form_the_same_bits_in_any_order():
+    """5 blocks of rows of A by 3 blocks of tokens, whose partial sums cancel: another order would show."""
+    x, g, A = torch.randn(40, 70), torch.randn(40, 20), torch.randn(70, 70)
+    A = A + A.mT
+    tile = tiles.Tile(16, 16, 16, 4, 2)
+    expected = quadform.quadratic_form_scale(x, A, g, 1.0, tile=tile)
+    for order in orders(15, 8):
+        with arriving(order):
+            q, scaled = quadform.quadratic_form_scale(x, A, g, 1.0, tile=tile)
+        assert torch.equal(q, expected[0]) and torch.equal(scaled, expected[1])
+
+
+def test_partial_sums_are_added_by_the_last_to_arrive_alone():
+    """Integers: a sum taken before all have arrived, or twice, is not this one."""
+    x, A = torch.randint(-3, 4, (40, 70)).float(), torch.randint(-3, 4, (70, 70)).float()
+    A = A + A.mT
+    exact = ((x.double() @ A.double()) * x.double()).sum(1)
+    for order in orders(15, 8):
+        with arriving(order):
+            q = quadform.quadratic_form(x, A, tile=tiles.Tile(16, 16, 16, 4, 2))
+        assert torch.equal(q.double(), exact)

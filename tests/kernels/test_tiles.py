@@ -68,7 +68,7 @@ def chosen(tokens: int, width: int, out: torch.Tensor | None = None, target: til
 
 
 def test_wide_tiles_are_taken_where_they_load_less():
-    narrow, wide = tiles.ALIGNED["gram"][90][2], tiles.WIDE[90][2]
+    narrow, wide = tiles.ALIGNED["gram"][90][2], tiles.LARGE["gram"][90][2]
     assert chosen(8192, 4096) == chosen(32768, 1024) == wide
     assert chosen(8192, 128) == chosen(8192, 384) == narrow  # one tile or six: wide ones would be wasted on the corner
     assert chosen(2048, 1024) == narrow  # few tokens: narrow tiles keep more SMs busy
@@ -77,8 +77,18 @@ def test_wide_tiles_are_taken_where_they_load_less():
     assert chosen(8192, 4096, target=tiles.Target(80, 108)) == tiles.ALIGNED["gram"][80][2]
 
 
+def test_the_quadratic_form_takes_tall_tiles_where_they_keep_all_sms_busy():
+    A = torch.empty(1024, 1024, device="meta")
+    small, tall = tiles.ALIGNED["quadratic_form"][90][2], tiles.LARGE["quadratic_form"][90][2]
+    for tokens, expected in ((2048, small), (8192, tall)):
+        x = torch.empty(tokens, 1024, dtype=torch.bfloat16, device="meta")
+        assert tiles.quadratic_form_tile(tiles.H200, x.dtype, x, A) == expected
+    assert tiles.quadratic_form_tile(tiles.H200, torch.float32, x, A) == tiles.ALIGNED["quadratic_form"][90][4]
+    assert tiles.quadratic_form_tile(tiles.H200, x.dtype, x[:, ::2], A) == tiles.UNALIGNED["quadratic_form"]
+
+
 def test_deterministic_mode_asks_for_no_number_of_sms():
-    both = [tiles.ALIGNED["gram"][90][2], tiles.WIDE[90][2]]
+    both = [tiles.ALIGNED["gram"][90][2], tiles.LARGE["gram"][90][2]]
     torch.use_deterministic_algorithms(True)
     try:
         plans = {tiles.gram_plan(both, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
