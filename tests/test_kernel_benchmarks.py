@@ -151,7 +151,9 @@ def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, ti
         ("gram_accumulate", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
         ("gram_accumulate_weighted", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 2 * 4 * 6),
         ("gram_accumulate_two", Case(2, 3, 3), 2 * 2 * 6, 2 * (2 * 3 * 2) + 2 * 4 * 6),
+        ("gram_accumulate_packed", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
         ("quadratic_form", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6),
+        ("quadratic_form_scale", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6 + 2 * (2 * 3 * 2)),
         # xA, (xA) xᵀ, K g, tril(gᵀ e) for two sequences of two tokens
         (
             "sequence_unit_step",
@@ -364,6 +366,6 @@ def test_no_prediction_is_below_the_floor(modelled):
 
 
 def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):
-    (line,) = [line for line in modelled if line.startswith("quadratic_form") and "D=1024 T=8192" in line]
+    (line,) = [line for line in modelled if line.startswith("quadratic_form ") and "D=1024 T=8192" in line]
     prediction, measured, ratio = map(float, line.split()[-3:])
     assert measured == 50 and ratio == pytest.approx(50 / prediction, rel=0.01)

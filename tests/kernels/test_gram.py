@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
-from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, laid_out, least_eigenvalue
+from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, far_apart, laid_out, least_eigenvalue
 from torch import Tensor
 from triton import jit
 
@@ -59,6 +59,21 @@ def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(accumulate,
     out = laid_out(torch.zeros(45, 45, device=DEVICE), "sliced")
     accumulate(out, x, weight)
     assert_as_good_as(oracle(x, weight), out.tril(), oracle(x, weight))
+
+
+@IMPLEMENTATIONS
+def test_operands_may_span_more_than_two_to_the_31_elements(accumulate):
+    x = far_apart(torch.randn(300, 20, device=DEVICE).half())
+    out = torch.zeros(20, 20, device=DEVICE)
+    accumulate(out, x)
+    assert_as_good_as(oracle(x), out, oracle(x))
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_are_refused_before_a_launch():
+    far = torch.empty(4, 2**23, device="meta").mT[:4]
+    for arguments in ((far, far.mT), (torch.empty(4, 4, device="meta"), far)):
+        with pytest.raises(ValueError, match="must have strides below 8388608 elements on a GPU"):
+            gram.gram_accumulate(*arguments)
 
 
 @IMPLEMENTATIONS

@@ -8,6 +8,7 @@ from kernel_cases import (
     LAYOUTS,
     SHAPES,
     assert_as_good_as,
+    far_apart,
     laid_out,
     positive_semidefinite,
     with_nan_above_diagonal,
@@ -53,6 +54,19 @@ def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(form, layou
     x, A = torch.randn(37, 45, device=DEVICE), positive_semidefinite(45)
     q = form(laid_out(x, layout), laid_out(with_nan_above_diagonal(A), layout))
     assert_as_good_as(oracle(x, A), q, oracle(x, A))
+
+
+@IMPLEMENTATIONS
+def test_tokens_may_span_more_than_two_to_the_31_elements(form):
+    x, A = far_apart(torch.randn(300, 20, device=DEVICE).half()), positive_semidefinite(20)
+    assert_as_good_as(oracle(x, A), form(x, A), oracle(x, A))
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_are_refused_before_a_launch():
+    x, far = torch.empty(4, 4, device="meta"), torch.empty(4, 2**23, device="meta").mT[:4]
+    for arguments in ((far, x, x), (x, far, x), (x, x, far)):
+        with pytest.raises(ValueError, match="must have strides below 8388608 elements on a GPU"):
+            quadform.quadratic_form_scale(*arguments, 1.0)
 
 
 @IMPLEMENTATIONS
