@@ -248,6 +248,7 @@ OPS: dict[str, Op] = {
         oracle=quadratic_oracle,
         providers={
             "ours": by.ours("quadform", "quadratic_form", "x", "A"),
+            "ours_cast": by.ours("quadform", "quadratic_form", "x", "A_cast"),
             "naive": by.plain(by.naive),
             "compiled": by.COMPILED_NAIVE,
         },

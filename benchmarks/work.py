@@ -44,12 +44,12 @@ def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
     num_tiles = plan.waves * plan.programs + plan.rest
     additions = sum(len(plan.segments(program)) for program in range(plan.programs))
     step_bytes = a["BLOCK_T"] * (rows * x.element_size() + cols * y.element_size())
-    count = _products(a, x)
+    count = 3 if a["SPLIT_BF16"] else _products(a, x)
     operands = width * (x.element_size() + (y.element_size() if y is not x else 0))
     return Work(
         blocks=plan.programs,
         flops=2 * rows * cols * a["BLOCK_T"] * plan.longest * plan.programs * count,  # as if all were the busiest
-        half=count == 1,
+        half=a["SPLIT_BF16"] or count == 1,
         dram_bytes=a["num_tokens"] * operands + 8 * width * (width + 1) // 2,
         l2_bytes=num_tiles * plan.steps * step_bytes + additions * rows * cols * 8,
         step_bytes=step_bytes,
@@ -60,19 +60,20 @@ def _quadratic_form(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Wor
     x, g, rows, cols, tokens, width = a["x_ptr"], a["g_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
     col_blocks = cdiv(width, cols)
     row_blocks = grid[0] // col_blocks
-    size = x.element_size()
+    size, size_a = x.element_size(), a["a_ptr"].element_size()
+    count = 2 if a["SPLIT_BF16"] else _products(a, x)
     walked = cols * col_blocks * (col_blocks + 1) // 2  # columns of A under the diagonal, by all blocks of rows of A
     # each group of blocks of tokens walks A; it stays in L2 where it fits half of it
-    triangle = 4 * width * (width + 1) // 2
+    triangle = size_a * width * (width + 1) // 2
     walks = cdiv(row_blocks, a["GROUP"]) if triangle > L2_BYTES / 2 else 1
     scaled = 2 * tokens * a["width_g"] * size if g is not None else 0
     return Work(
         blocks=grid[0],
-        flops=2 * row_blocks * rows * cols * walked * (2 if a["SPLIT_BF16"] else 3),
-        half=a["SPLIT_BF16"],
+        flops=2 * row_blocks * rows * cols * walked * count,
+        half=count < 3,
         dram_bytes=tokens * (width * size + 4) + walks * triangle + scaled,
-        l2_bytes=row_blocks * walked * (rows * size + cols * 4) + 8 * tokens * col_blocks + scaled,
-        step_bytes=a["BLOCK_J"] * (rows * size + cols * 4),
+        l2_bytes=row_blocks * walked * (rows * size + cols * size_a) + 8 * tokens * col_blocks + scaled,
+        step_bytes=a["BLOCK_J"] * (rows * size + cols * size_a),
     )
 
 

@@ -51,8 +51,10 @@ def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
 
     Args:
         x: (T, D) float32, float16 or bfloat16 (float64 on a CPU), any strides.
-        A: (D, D) float32 (float64 where x is), any strides, symmetric. Only its lower triangle is read: the rest may
-            hold anything. Or that triangle packed, (D (D + 1) / 2,), contiguous.
+        A: (D, D) float32 (float64 where x is) or x's dtype, any strides, symmetric. Only its lower triangle counts: the
+            rest may hold anything. Or that triangle packed, (D (D + 1) / 2,), contiguous. In a half-precision dtype a
+            GPU multiplies once, for a float32 A twice (bfloat16) or three times; how well the rounded A stands for the
+            other is the caller's to know.
 
     Rounding can turn a zero of a positive semi-definite A into a small negative number: clamp before using it as a
     weight. The result does not depend on the order in which a GPU runs its programs. No gradient is defined.
@@ -151,11 +153,12 @@ def _expect_tokens(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be 2-dimensional (tokens, features), got {tuple(tensor.shape)}")
 
 
-def _expect_symmetric(name: str, matrix: Tensor, width: int, x: Tensor) -> None:
+def _expect_symmetric(name: str, matrix: Tensor, width: int, x: Tensor, dtype: torch.dtype | None = None) -> None:
     """A full matrix, or its packed triangle."""
+    dtype = dtype or _accumulator_dtype(x)
     if matrix.ndim != 1:
-        return _expect(name, matrix, (width, width), _accumulator_dtype(x), x)
-    _expect(f"packed {name}", matrix, (reference.triangle(width),), _accumulator_dtype(x), x)
+        return _expect(name, matrix, (width, width), dtype, x)
+    _expect(f"packed {name}", matrix, (reference.triangle(width),), dtype, x)
     if width > 1 and matrix.stride(0) != 1:
         raise ValueError(f"packed {name} must be contiguous, got stride {matrix.stride(0)}")
 
@@ -187,7 +190,7 @@ def _check_gram_values(out: Tensor, x: Tensor, weight: Tensor | None = None, oth
 
 def _check_quadratic_form(x: Tensor, A: Tensor) -> None:
     _expect_tokens("x", x)
-    _expect_symmetric("A", A, x.shape[1], x)
+    _expect_symmetric("A", A, x.shape[1], x, x.dtype if A.dtype == x.dtype else None)
 
 
 def _check_quadratic_form_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> None:
@@ -277,13 +280,13 @@ _quadratic_form = _define(
     reference.quadratic_form,
     "gfwsvd_kernels.quadform",
     _check_quadratic_form,
-    shape_only=lambda x, A: x.new_empty(x.shape[0], dtype=A.dtype),
+    shape_only=lambda x, A: x.new_empty(x.shape[0], dtype=_accumulator_dtype(x)),
 )
 _quadratic_form_scale = _define(
     reference.quadratic_form_scale,
     "gfwsvd_kernels.quadform",
     _check_quadratic_form_scale,
-    shape_only=lambda x, A, g, scale: (x.new_empty(x.shape[0], dtype=A.dtype), g.new_empty(g.shape)),
+    shape_only=lambda x, A, g, scale: (x.new_empty(x.shape[0], dtype=_accumulator_dtype(x)), g.new_empty(g.shape)),
 )
 _sequence_unit_step = _define(
     reference.sequence_unit_step,

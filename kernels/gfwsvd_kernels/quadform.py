@@ -54,6 +54,7 @@ def quadratic_form_kernel(
     BLOCK_P: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_BF16: tl.constexpr,
+    UPCAST: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_G: tl.constexpr,
 ):
@@ -94,6 +95,9 @@ def quadratic_form_kernel(
             mask=mask_i[:, None] & mask_j[None, :],
             other=0.0,
         )
+        if UPCAST:
+            x = x.to(tl.float32)
+            a = a.to(tl.float32)
         above = j + offs_j[None, :] - (first_i + offs_i[:, None])  # the diagonal
         a = tl.trans(tl.where(above < 0, a, tl.where(above > 0, 0.0, 0.5 * a)))
         xj_ptr += BLOCK_J * stride_xd
@@ -105,7 +109,7 @@ def quadratic_form_kernel(
             acc = tl.dot(x, high, acc)
             acc = tl.dot(x, low, acc)
         else:
-            acc = tl.dot(x.to(tl.float32), a, acc, input_precision="tf32x3")
+            acc = tl.dot(x, a, acc, input_precision="tf32x3")
     x_ptr += first_i.to(tl.int64) * stride_xd
     left, right = halves(acc)  # in parts, so that x fits the registers beside them
     first, second = halves(left)
@@ -182,10 +186,13 @@ def _launch(
     tile: tiles.Tile | None,
 ) -> Tensor:
     num_tokens, width = x.shape
-    tiles.check_strides(x=x, A=A, **({} if g is None else {"g": g}))
-    split_bf16 = x.dtype == torch.bfloat16 and not tiles.interpreted_bf16(x)
-    dtype = torch.bfloat16 if split_bf16 else torch.float32
-    tile = tile or tiles.quadratic_form_tile(target or tiles.target(x.device), dtype, x, A)
+    tiles.check_strides(x=x, A=A)
+    if g is not None and scaled is not None:
+        tiles.check_strides(g=g, scaled=scaled)
+    split_bf16 = x.dtype == torch.bfloat16 and A.dtype == torch.float32 and not tiles.interpreted_bf16(x)
+    upcast = not split_bf16 and (x.dtype != A.dtype or tiles.interpreted_bf16(x))
+    dtype = torch.float32 if upcast else x.dtype
+    tile = tile or tiles.quadratic_form_tile(target or tiles.target(x.device), dtype, x, A, g)
     num_rows, num_blocks = triton.cdiv(num_tokens, tile.rows), triton.cdiv(width, tile.cols)
     q = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
     partial = torch.empty(num_blocks, num_tokens, dtype=torch.float32, device=x.device)
@@ -211,6 +218,7 @@ def _launch(
         BLOCK_P=BLOCK_PARTIAL,
         GROUP=GROUP_TOKENS,
         SPLIT_BF16=split_bf16,
+        UPCAST=upcast,
         PACKED=A.ndim == 1,
         HAS_G=g is not None,
         **tile.options(),

@@ -112,12 +112,12 @@ def _add_lower_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
-    q = x.new_zeros(x.shape[0], dtype=A.dtype)
+    q = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     for i, j in _row_blocks(x.shape[1]):
-        rows = _lower_rows(A, i, j)
+        rows = _lower_rows(A, i, j).to(q.dtype)
         rows = rows + rows.tril(i - 1)  # of 2 tril(A, -1) + diag(A)
         for t in range(0, x.shape[0], CHUNK):
-            chunk = x[t : t + CHUNK, :j].to(A.dtype)
+            chunk = x[t : t + CHUNK, :j].to(q.dtype)
             q[t : t + CHUNK] += (chunk @ rows.mT).mul_(chunk[:, i:j]).sum(1)
     return q
 

@@ -143,12 +143,15 @@ def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) ->
     gram.gram_accumulate(A, x, target=target)
     gram.gram_accumulate(_packed(A), x, target=target)
     gram.gram_accumulate(_packed(A), x, weight, target=target)
-    gram.gram_accumulate(A, x, other=x.float(), target=target)
+    for out in (A, _packed(A)):
+        gram.gram_accumulate(out, x, other=x.float(), target=target)
     narrow = tiles.tile("gram", target, dtype, x)
     gram.gram_accumulate(A, x, target=target, tile=narrow)
     gram.gram_accumulate(A, x, weight, target=target, tile=narrow)
     quadform.quadratic_form(x, A, target=target)
     quadform.quadratic_form(x[:128], A, target=target)
+    for half in (x, x[:128]):
+        quadform.quadratic_form_scale(half, A.to(dtype), half, 1.0, target=target)
     quadform.quadratic_form_scale(x, _packed(A), x, 1.0, target=target)
     quadform.quadratic_form_scale(x[:128], _packed(A), x[:128], 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)

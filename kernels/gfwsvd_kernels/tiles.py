@@ -42,7 +42,8 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# Offsets of at most 128 rows and 128 columns below this stay within 31 bits. Tensors may be larger: bases have 64 bits.
+# Offsets of at most 128 rows and 128 columns below this, or of 256 contiguous rows, stay within 31 bits. Tensors may be
+# larger: bases have 64 bits.
 MAX_STRIDE = 2**23
 
 # kernel -> architecture -> bytes per element of the operands -> tile
@@ -51,6 +52,11 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3, per_sm=2)},
         90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(64, 128, 32, 4, 3, per_sm=2)},
         100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
+    },
+    "gram_split": {  # the other operand float32
+        80: {4: Tile(64, 64, 32, 4, 3, per_sm=2)},
+        90: {4: Tile(128, 128, 32, 8, 3)},
+        100: {4: Tile(128, 128, 32, 8, 3)},
     },
     "quadratic_form": {
         80: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
@@ -90,6 +96,7 @@ LARGE: dict[str, dict[int, dict[int, Tile]]] = {
 # registers and smaller tiles.
 UNALIGNED: dict[str, Tile] = {
     "gram": Tile(64, 64, 32, 8, 2),
+    "gram_split": Tile(64, 64, 32, 8, 2),
     "quadratic_form": Tile(64, 64, 32, 8, 2),
     "scores": Tile(64, 64, 32, 8, 2),
     "apply": Tile(64, 64, 32, 8, 2),
@@ -228,9 +235,11 @@ def gram_plan(candidates: list[Tile], target: Target, num_tokens: int, width: in
     return min(planned, key=lambda pair: pair[1].longest * pair[0].depth * (pair[0].rows + pair[0].cols))
 
 
-def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor) -> Tile:
+def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor, g: Tensor | None = None) -> Tile:
     """The large tile where its programs are no fewer than the SMs, else the other one."""
     large = LARGE["quadratic_form"][target.arch].get(dtype.itemsize)
-    if large and _is_aligned(x, A) and -(-x.shape[0] // large.rows) * -(-x.shape[1] // large.cols) >= target.num_sms:
-        return large
+    if large and _is_aligned(x, A, x if g is None else g):
+        num_programs = -(-x.shape[0] // large.rows) * -(-x.shape[1] // large.cols)
+        if num_programs >= target.num_sms:
+            return large
     return tile("quadratic_form", target, dtype, x, A)

@@ -89,6 +89,15 @@ def test_large_tiles_agree_with_float64_and_leave_the_upper_triangle_alone(dtype
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_bfloat16_and_a_float32_operand_are_multiplied_as_well_as_in_float32(size):
+    x = normal(*size, dtype=torch.bfloat16)
+    other = x.float() * (1 + 2.0**-12)  # would round back to x
+    out, oracle = torch.zeros(size[1], size[1], device="cuda"), x.double().mT @ other.double()
+    gram.gram_accumulate(out, x, other=other)
+    assert_as_good_as((x.float().mT @ other).tril(), out, oracle.tril())
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quadratic_form_agrees_with_float64(size, dtype):
     x, A = normal(*size, dtype=dtype), metric(size[1])
@@ -97,6 +106,7 @@ def test_quadratic_form_agrees_with_float64(size, dtype):
     q = quadratic_form(x, with_nan_above_diagonal(A))
     assert_as_good_as(peer, q, oracle)
     assert_as_good_as(peer, quadratic_form(x, pack(A)), oracle)
+    assert_as_good_as(peer, quadratic_form(x, A.to(dtype)), oracle)
     assert torch.equal(q, quadratic_form(x, with_nan_above_diagonal(A)))  # whichever program arrives last
 
 

@@ -203,6 +203,27 @@ def test_operands_longer_than_the_plan_of_one_program_are_walked_whole():
             assert_as_good_as(oracle(x), out, oracle(x))
 
 
+def three_bfloat16(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel makes of a float32 operand beside a bfloat16 one, which the interpreter cannot run."""
+    high = y.bfloat16()
+    rest = y - high.float()
+    middle = rest.bfloat16()
+    return high, middle, (rest - middle.float()).bfloat16()
+
+
+def test_a_float32_operand_is_the_sum_of_three_bfloat16_numbers_exactly():
+    y = torch.randn(1000, 100) * 10.0 ** torch.randint(-20, 20, (1000, 1))
+    assert torch.equal(sum(part.double() for part in three_bfloat16(y)), y.double())
+
+
+def test_a_sum_of_few_tokens_by_three_bfloat16_products_is_positive_semidefinite():
+    x, g = torch.randn(8, 30).bfloat16().float(), torch.randn(8, 40).bfloat16().float()
+    e = (x @ x.mT) @ g
+    out = sum(g.mT @ part.float() for part in three_bfloat16(e))
+    assert least_eigenvalue(out) > -1e-6
+    assert_as_good_as(g.mT @ e, out, g.double().mT @ (x.double() @ x.double().mT) @ g.double())
+
+
 @jit
 def places_kernel(row_ptr, col_ptr, first, RATIO: tl.constexpr, BLOCK: tl.constexpr):
     tile = first + tl.arange(0, BLOCK)

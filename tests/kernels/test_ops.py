@@ -36,7 +36,7 @@ def valid_arguments() -> dict[str, list[tuple]]:
             (zeros(D, D), x.bfloat16(), torch.rand(T), x.bfloat16()),
             (zeros(PACKED), x, None, None),
         ],
-        "quadratic_form": [(x, A), (x.double(), A.double()), (x, pack(A))],
+        "quadratic_form": [(x, A), (x.double(), A.double()), (x, pack(A)), (x.bfloat16(), A.bfloat16())],
         "quadratic_form_scale": [(x, A, g, 0.5), (x.bfloat16(), pack(A), g.bfloat16().mT.contiguous().mT, 1.0)],
         "sequence_unit_step": [
             (zeros(D_OUT, D_OUT), x, g, A, cu_seqlens),
@@ -154,6 +154,7 @@ BAD = [
     (quadratic_form, {"x": zeros(2, T, D)}, ValueError, r"x must be 2-dimensional .* got \(2, 6, 5\)"),
     (quadratic_form, {"A": zeros(4, 4)}, ValueError, r"A must be \(5, 5\) .* got \(4, 4\)"),
     (quadratic_form, {"A": zeros(D, D).half()}, TypeError, "A must be .* torch.float32 .* got .* torch.float16"),
+    (quadratic_form, {"x": zeros(T, D).half(), "A": zeros(D, D).bfloat16()}, TypeError, "A must be .* torch.float32"),
     (quadratic_form, {"A": zeros(16)}, ValueError, r"packed A must be \(15,\) .* got \(16,\)"),
     (quadratic_form, {"A": zeros(1).expand(15)}, ValueError, "packed A must be contiguous, got stride 0"),
     (quadratic_form_scale, {"A": zeros(4, 4)}, ValueError, r"A must be \(5, 5\) .* got \(4, 4\)"),

@@ -77,6 +77,18 @@ def test_a_packed_matrix_gives_the_same_bits(form, width):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_in_the_dtype_of_the_tokens_gives_its_own_form(form, dtype, shape):
+    num_tokens, width = SHAPES[shape]
+    x, A = torch.randn(num_tokens, width, device=DEVICE).to(dtype), positive_semidefinite(width).to(dtype)
+    q = form(x, with_nan_above_diagonal(A))
+    assert q.dtype == torch.float32
+    assert_as_good_as(form(x.float(), A.float()), q, oracle(x, A))
+    assert torch.equal(form(x, pack(A)), q)
+
+
+@IMPLEMENTATIONS
 def test_the_identity_gives_squared_norms(form):
     x = torch.randn(20, 50, device=DEVICE)
     torch.testing.assert_close(form(x, torch.eye(50, device=DEVICE)), x.square().sum(1))
