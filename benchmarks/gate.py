@@ -22,7 +22,7 @@ class Gate:
         self.expected = self._relevant(op.oracle(self.inputs))
 
     def _relevant(self, result: Tensor) -> Tensor:
-        return result.double().tril() if self.op.lower else result.double()
+        return result.double().tril() if self.op.lower and result.ndim == 2 else result.double()
 
     def _fresh(self) -> Inputs:
         return self.inputs | ({"out": self.inputs["out"].clone()} if self.op.lower else {})
@@ -38,10 +38,10 @@ class Gate:
             call(self._fresh()).fill_(float("nan"))
         result = self._relevant(call(self._fresh()))
         if not provider.adds:
-            result += self.inputs["out"].double().tril()
+            result += self._relevant(self.inputs["out"])
         result -= self.expected
         norm = torch.linalg.vector_norm(self.expected)
-        entries = result.numel() / 2 if self.op.lower else result.numel()
+        entries = result.numel() / 2 if self.op.lower and result.ndim == 2 else result.numel()
         worst = torch.linalg.vector_norm(result, ord=float("inf")) * entries**0.5 / WORST
         error = (torch.maximum(torch.linalg.vector_norm(result), worst) / norm).item()
         return error if error < float("inf") else float("inf")

@@ -38,10 +38,6 @@ class Card:
 
     arch: int = 90
     num_sms: int = 132
-    registers: int = 65536  # of an SM; so are the next three
-    shared_bytes: int = 228 * 1024
-    max_threads: int = 2048
-    max_blocks: int = 32
     half_tflops: float = 989.0  # dense; float32 products run as three of TF32, at half that rate
     tf32_tflops: float = 494.0
     hbm_gbs: float = 4800.0
@@ -64,13 +60,6 @@ class Prediction:
     waves: float
     bound: str
     us: float
-
-
-def blocks_per_sm(registers: int, shared_bytes: int, num_warps: int, card: Card = H200) -> int:
-    """How many blocks an SM holds: registers come in eights a thread, each block costs 1 KB of shared memory more."""
-    by_registers = card.registers // (cdiv(registers, 8) * 8 * 32 * num_warps)
-    by_shared = card.shared_bytes // (shared_bytes + 1024)
-    return min(by_registers, by_shared, card.max_threads // (32 * num_warps), card.max_blocks)
 
 
 def predicted(work: Work, per_sm: int, num_stages: int, card: Card = H200) -> tuple[str, float]:
@@ -115,10 +104,9 @@ def predictions(
             compiled[key] = testing.compile_launch(launch, H200.arch)
         made = compiled[key]
         work = WORK[name](launch.arguments, launch.grid, case)
-        per_sm = blocks_per_sm(made.registers, made.shared_bytes, launch.options["num_warps"])
-        bound, us = predicted(work, per_sm, launch.options.get("num_stages", 1))
-        waves = work.blocks / (per_sm * H200.num_sms)
-        found.append(Prediction(name, made.registers, made.shared_bytes, per_sm, waves, bound, us))
+        bound, us = predicted(work, made.blocks_per_sm, launch.options.get("num_stages", 1))
+        waves = work.blocks / (made.blocks_per_sm * H200.num_sms)
+        found.append(Prediction(name, made.registers, made.shared_bytes, made.blocks_per_sm, waves, bound, us))
     return found
 
 

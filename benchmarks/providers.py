@@ -44,6 +44,8 @@ def ours(module: str, name: str, *arguments: str) -> Provider:
 
         def call(inputs: Inputs) -> Tensor:
             result = function(*(inputs.get(argument) for argument in arguments))
+            if isinstance(result, tuple):  # the form and the rows scaled by it, which tell all
+                return result[-1]
             return inputs["out"] if result is None else result
 
         return call
@@ -83,6 +85,11 @@ def addmm(i: Inputs) -> Tensor:
     if x.dtype == torch.float32 or not x.is_cuda:
         return i["out"].addmm_(x.mT.float(), y.float())
     return torch.addmm(i["out"], x.mT, y, out_dtype=torch.float32, out=i["out"])
+
+
+def mm_gather(i: Inputs) -> Tensor:
+    """The full product, whose lower triangle is gathered into a packed `out`."""
+    return i["out"].add_(mm(i).view(-1)[i["places"]])
 
 
 def _peer(module: str, package: str, device: torch.device) -> Any:
@@ -132,6 +139,15 @@ def naive(i: Inputs) -> Tensor:
     return _naive(i["x"], i["A_cast"])
 
 
+def _naive_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> Tensor:
+    return g * (scale * _naive(x, A)).clamp(min=0).sqrt()[:, None].to(g.dtype)
+
+
+def naive_scale(i: Inputs) -> Tensor:
+    """`naive`, and its root multiplied onto the other side."""
+    return _naive_scale(i["x"], i["A_cast"], i["g"], i["scale"])
+
+
 def form_G(i: Inputs) -> Tensor:
     """Each gradient G = gᵀ x, then G A Gᵀ, all in float32."""
     for x, g in zip(i["x"].split(i["seq_len"]), i["g"].split(i["seq_len"]), strict=True):
@@ -173,3 +189,4 @@ def compiled(function: Callable[..., Tensor], *arguments: str) -> Provider:
 
 COMPILED_NAIVE = compiled(_naive, "x", "A_cast")
 COMPILED_MATMULS = compiled(_two_matmuls, "x", "down", "up")
+COMPILED_NAIVE_SCALE = compiled(_naive_scale, "x", "A_cast", "g", "scale")

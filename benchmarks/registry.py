@@ -26,7 +26,7 @@ class Op:
     """An operator. `base` is the provider that others are compared with; `least_sets` inputs rotate while it is timed.
 
     `headlines` are the cases that stand for it in the README. `lower` says that the result is the lower triangle of
-    `out`, to which the operator adds.
+    `out`, full or packed, to which the operator adds.
     """
 
     cases: Callable[[Grid], Iterator[Any]]
@@ -56,10 +56,19 @@ def _metric(width: int, device: torch.device) -> Tensor:
 
 
 def gram_inputs(
-    case: Case, dtype: torch.dtype, device: torch.device, *, weighted: bool = False, two: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weighted: bool = False,
+    two: bool = False,
+    packed: bool = False,
 ) -> Inputs:
     x = torch.randn(case.tokens, case.d_in, device=device, dtype=dtype)
     inputs = {"out": torch.randn(case.d_in, case.d_in, device=device), "x": x}
+    if packed:
+        rows, cols = torch.tril_indices(case.d_in, case.d_in, device=device)
+        inputs |= {"out": torch.randn(_triangle(case.d_in), device=device), "places": rows * case.d_in + cols}
     if weighted:
         inputs["weight"] = torch.rand(case.tokens, device=device)
     if two:
@@ -70,7 +79,8 @@ def gram_inputs(
 def gram_oracle(i: Inputs) -> Tensor:
     x = i["x"].double()
     y = i["other"].double() if "other" in i else x
-    return i["out"].double() + (x.mT * i["weight"].double() if "weight" in i else x.mT) @ y
+    product = (x.mT * i["weight"].double() if "weight" in i else x.mT) @ y
+    return i["out"].double() + (product.view(-1)[i["places"]] if "places" in i else product)
 
 
 def gram_flops(case: Case) -> int:
@@ -92,7 +102,6 @@ _gram_op = partial(
     tokens=(2048, 8192, 32768),
     flops=gram_flops,
     oracle=gram_oracle,
-    base="mm",
     headlines=_SQUARE,
     lower=True,
 )
@@ -109,6 +118,24 @@ def quadratic_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> In
 def quadratic_bytes(case: Case, size: int) -> int:
     """The tokens and the float32 triangle read, one float32 a token written."""
     return case.tokens * (case.d_in * size + 4) + 4 * _triangle(case.d_in)
+
+
+def scale_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    g = torch.randn(case.tokens, case.d_in, device=device, dtype=dtype)
+    return quadratic_inputs(case, dtype, device) | {"g": g, "scale": 1 / case.d_in}
+
+
+def scale_bytes(case: Case, size: int) -> int:
+    """What the form reads and writes, the other side read, its scaled rows written."""
+    return quadratic_bytes(case, size) + 2 * case.tokens * case.d_in * size
+
+
+def quadratic_oracle(i: Inputs) -> Tensor:
+    return ((i["x"].double() @ i["A"].double()) * i["x"].double()).sum(-1)
+
+
+def scale_oracle(i: Inputs) -> Tensor:
+    return (i["scale"] * quadratic_oracle(i)).sqrt()[:, None] * i["g"].double()
 
 
 # The sequence unit: out += tril(sum_s G_s A G_sᵀ), G_s = g_sᵀ x_s
@@ -219,16 +246,25 @@ OPS: dict[str, Op] = {
         inputs=gram_inputs,
         bytes=gram_bytes,
         providers={"ours": _gram, **_blas, "symmetric": by.SYMMETRIC, "quack": by.QUACK, "flash_muon": by.FLASH_MUON},
+        base="mm",
     ),
     "gram_accumulate_weighted": _gram_op(
         inputs=partial(gram_inputs, weighted=True),
         bytes=partial(gram_bytes, weight=4),
         providers={"ours": _gram, **_blas},
+        base="mm",
     ),
     "gram_accumulate_two": _gram_op(
         inputs=partial(gram_inputs, two=True),
         bytes=partial(gram_bytes, operands=2),
         providers={"ours": _gram, **_blas},
+        base="mm",
+    ),
+    "gram_accumulate_packed": _gram_op(
+        inputs=partial(gram_inputs, packed=True),
+        bytes=gram_bytes,
+        providers={"ours": _gram, "mm_gather": by.plain(by.mm_gather)},
+        base="mm_gather",
     ),
     "quadratic_form": Op(
         cases=shapes.square_cases,
@@ -236,11 +272,27 @@ OPS: dict[str, Op] = {
         inputs=quadratic_inputs,
         flops=gram_flops,
         bytes=quadratic_bytes,
-        oracle=lambda i: ((i["x"].double() @ i["A"].double()) * i["x"].double()).sum(-1),
+        oracle=quadratic_oracle,
         providers={
             "ours": by.ours("quadform", "quadratic_form", "x", "A"),
+            "ours_cast": by.ours("quadform", "quadratic_form", "x", "A_cast"),
             "naive": by.plain(by.naive),
             "compiled": by.COMPILED_NAIVE,
+        },
+        base="naive",
+        headlines=_SQUARE,
+    ),
+    "quadratic_form_scale": Op(
+        cases=shapes.square_cases,
+        tokens=(2048, 8192, 32768),
+        inputs=scale_inputs,
+        flops=gram_flops,
+        bytes=scale_bytes,
+        oracle=scale_oracle,
+        providers={
+            "ours": by.ours("quadform", "quadratic_form_scale", "x", "A", "g", "scale"),
+            "naive": by.plain(by.naive_scale),
+            "compiled": by.COMPILED_NAIVE_SCALE,
         },
         base="naive",
         headlines=_SQUARE,

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.shapes import Case, GroupCase
+from gfwsvd_kernels import tiles
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Work:
     step_bytes: int
 
 
+L2_BYTES = 60e6  # of an H200
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -38,33 +42,41 @@ def _products(a: dict[str, Any], x: torch.Tensor) -> int:
 
 
 def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, y, block, tokens, width = a["x_ptr"], a["y_ptr"], a["BLOCK_D"], a["num_tokens"], a["width"]
-    num_tiles, splits = grid
-    pair = x.element_size() + y.element_size()
-    count = _products(a, x)
-    operands = width * (pair if y is not x else x.element_size())
+    x, y, rows, cols, width = a["x_ptr"], a["y_ptr"], a["BLOCK_I"], a["BLOCK_J"], a["width"]
+    plan = tiles.Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"])
+    num_tiles = plan.waves * plan.programs + plan.rest
+    additions = sum(len(plan.segments(program)) for program in range(plan.programs))
+    step_bytes = a["BLOCK_T"] * (rows * x.element_size() + cols * y.element_size())
+    count = 3 if a["SPLIT_BF16"] else _products(a, x)
+    operands = width * (x.element_size() + (y.element_size() if y is not x else 0))
     return Work(
-        blocks=num_tiles * splits,
-        flops=2 * num_tiles * block**2 * tokens * count,
-        half=count == 1,
-        dram_bytes=tokens * operands + 8 * width * (width + 1) // 2,
-        l2_bytes=num_tiles * block * (tokens * pair + 8 * block * splits),
-        step_bytes=a["BLOCK_T"] * block * pair,
+        blocks=plan.programs,
+        flops=2 * rows * cols * a["BLOCK_T"] * plan.longest * plan.programs * count,  # as if all were the busiest
+        half=a["SPLIT_BF16"] or count == 1,
+        dram_bytes=a["num_tokens"] * operands + 8 * width * (width + 1) // 2,
+        l2_bytes=num_tiles * plan.steps * step_bytes + additions * rows * cols * 8,
+        step_bytes=step_bytes,
     )
 
 
 def _quadratic_form(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, rows, cols, tokens, width = a["x_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
-    row_blocks, col_blocks = grid
-    size = x.element_size()
+    x, g, rows, cols, tokens, width = a["x_ptr"], a["g_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
+    col_blocks = cdiv(width, cols)
+    row_blocks = grid[0] // col_blocks
+    size, size_a = x.element_size(), a["a_ptr"].element_size()
+    count = 2 if a["SPLIT_BF16"] else _products(a, x)
     walked = cols * col_blocks * (col_blocks + 1) // 2  # columns of A under the diagonal, by all blocks of rows of A
+    # each group of blocks of tokens walks A; it stays in L2 where it fits half of it
+    triangle = size_a * width * (width + 1) // 2
+    walks = cdiv(row_blocks, a["GROUP"]) if triangle > L2_BYTES / 2 else 1
+    scaled = 2 * tokens * a["width_g"] * size if g is not None else 0
     return Work(
-        blocks=row_blocks * col_blocks,
-        flops=2 * row_blocks * rows * cols * walked * (2 if a["SPLIT_BF16"] else 3),
-        half=a["SPLIT_BF16"],
-        dram_bytes=tokens * (width * size + 4 * col_blocks) + 4 * width * (width + 1) // 2,
-        l2_bytes=row_blocks * walked * (rows * size + cols * 4),
-        step_bytes=a["BLOCK_J"] * (rows * size + cols * 4),
+        blocks=grid[0],
+        flops=2 * row_blocks * rows * cols * walked * count,
+        half=count < 3,
+        dram_bytes=tokens * (width * size + 4) + walks * triangle + scaled,
+        l2_bytes=row_blocks * walked * (rows * size + cols * size_a) + 8 * tokens * col_blocks + scaled,
+        step_bytes=a["BLOCK_J"] * (rows * size + cols * size_a),
     )
 
 

@@ -18,7 +18,7 @@ from benchmarks import measure, model, record, run, tables
 from benchmarks.gate import Gate
 from benchmarks.groups import in_cuda
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.model import H200, Card, blocks_per_sm, predicted
+from benchmarks.model import H200, Card, predicted
 from benchmarks.providers import Missing, Provider, plain
 from benchmarks.registry import OPS
 from benchmarks.shapes import MODELS, Case, Grid, GroupCase, rank
@@ -190,7 +190,9 @@ def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, ti
         ("gram_accumulate", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
         ("gram_accumulate_weighted", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 2 * 4 * 6),
         ("gram_accumulate_two", Case(2, 3, 3), 2 * 2 * 6, 2 * (2 * 3 * 2) + 2 * 4 * 6),
+        ("gram_accumulate_packed", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
         ("quadratic_form", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6),
+        ("quadratic_form_scale", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6 + 2 * (2 * 3 * 2)),
         # xA, (xA) xᵀ, K g, tril(gᵀ e) for two sequences of two tokens
         (
             "sequence_unit_step",
@@ -474,14 +476,6 @@ def test_every_headline_case_is_among_the_default_ones():
         assert spec.headlines and {*spec.headlines} <= {*spec.cases(Grid(layers, spec.tokens))}, op
 
 
-def test_occupancy_is_what_the_scarcest_resource_allows():
-    assert blocks_per_sm(128, 0, 8) == 2  # registers: 65536 / (128 x 256)
-    assert blocks_per_sm(129, 0, 8) == 1  # they come in eights
-    assert blocks_per_sm(32, 100 * 1024, 4) == 2  # shared memory: 228 / (100 + 1)
-    assert blocks_per_sm(16, 0, 16) == 4  # threads: 2048 / 512
-    assert blocks_per_sm(16, 0, 1) == 32  # blocks
-
-
 def test_a_prediction_takes_the_longest_of_its_terms():
     card = Card(num_sms=100, half_tflops=1e3, hbm_gbs=1e3, l2_gbs=1e4, latency_us=1.0, launch_us=1.0)
     work = Work(blocks=150, flops=10**10, half=True, dram_bytes=10**6, l2_bytes=10**6, step_bytes=10**5)
@@ -547,6 +541,6 @@ def test_no_prediction_is_below_the_floor(modelled):
 
 
 def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):
-    (line,) = [line for line in modelled if line.startswith("quadratic_form") and "D=1024 T=8192" in line]
+    (line,) = [line for line in modelled if line.startswith("quadratic_form ") and "D=1024 T=8192" in line]
     prediction, measured, ratio = map(float, line.split()[-3:])
     assert measured == 50 and ratio == pytest.approx(50 / prediction, rel=0.01)

@@ -1,8 +1,8 @@
 """`lowrank_group` on a GPU: which way a number of tokens goes.
 
-Up to 8 tokens one launch splits the rank, up to 64 one persistent launch has a barrier; where the CUDA C++ extension is
-built and takes the group (`extension.fits`) it does both, else Triton. More tokens are matrix products, which the BLAS does best, and one pass that finishes
-them where there is a pivot or an activation.
+Up to 8 tokens one launch splits the rank, up to 64 one persistent launch has a barrier: those of the CUDA C++ extension
+where it is built and takes the group (`extension.fits`), else those in Triton. More tokens are matrix products, which
+the BLAS does best, and one pass that finishes them where there is a pivot or an activation.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """Weighted symmetric rank-T update: lower triangle of out += xᵀ diag(w) y, in place, in float32.
 
-One program owns one square tile of the triangle and one part of the tokens. It walks its tokens with the products in
-registers, then adds the tile to `out`: a plain read and write where it is the only one on that tile, atomically where
-the tokens are split.
+A persistent grid of programs shares the (tile, step of tokens) pairs equally. A program walks the steps of one tile
+with the products in registers, adds them to `out`, and goes on to its next tile; `tiles.Plan` says which steps are
+whose. There is no workspace and nobody waits.
 
-Bound by the tensor cores for T and D in the thousands: T D (D + 1) FLOP against (T + D / 2) D
-elements moved. Splitting the tokens is what fills the machine when the triangle has fewer tiles than it has SMs (the
-idea of stream-K, Osama et al., arXiv:2301.03598).
+Bound by the tensor cores for T and D in the thousands: T D (D + 1) FLOP against (T + D / 2) D elements moved. Sharing
+steps instead of tiles is stream-K (Osama et al., arXiv:2301.03598), here in an order in which programs read the same
+tokens at the same time.
 """
 
 import torch
@@ -18,6 +18,41 @@ from gfwsvd_kernels import tiles
 
 
 @triton.jit
+def place(tile, RATIO: tl.constexpr):
+    """(row, col) of a tile that is RATIO times as wide as high: in band b, RATIO rows of b + 1 tiles each."""
+    nth = tile // RATIO
+    band = ((tl.sqrt(8.0 * nth + 1.0) - 1.0) / 2.0).to(tl.int32)  # may be off by one in the last place
+    band = tl.where(band * (band + 1) // 2 > nth, band - 1, band)
+    band = tl.where((band + 1) * (band + 2) // 2 <= nth, band + 1, band)
+    within = tile - RATIO * (band * (band + 1) // 2)
+    return RATIO * band + within // (band + 1), within % (band + 1)
+
+
+@triton.jit
+def halves(part):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(part, (part.shape[0], 2, part.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.constexpr):
+    """Add to the lower triangle a part of a tile, the first of whose entries is that at (first_i, first_j)."""
+    offs_i = tl.arange(0, part.shape[0])
+    offs_j = tl.arange(0, part.shape[1])
+    if PACKED:  # row i starts at i (i + 1) / 2
+        base = first_i.to(tl.int64) * (first_i + 1) // 2
+        rows = offs_i * first_i + offs_i * (offs_i + 1) // 2
+    else:
+        base = first_i.to(tl.int64) * stride_or
+        rows = offs_i * stride_or
+    # Above the diagonal -0.0 is added, which changes no number: masking entry by entry would cost a register each and
+    # the vectors. In a packed triangle such an entry is one of a later row.
+    part = tl.where(first_j + offs_j[None, :] <= first_i + offs_i[:, None], part, -0.0)
+    mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
+    tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens", "waves", "rest", "steps", "share"])
 def gram_kernel(
     out_ptr,
     x_ptr,
@@ -25,71 +60,115 @@ def gram_kernel(
     weight_ptr,
     num_tokens,
     width,
-    part,
+    waves,
+    rest,
+    steps,
+    share,
     stride_or,
     stride_xt,
     stride_xd,
     stride_yt,
     stride_yd,
     stride_w,
-    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPLIT_BF16: tl.constexpr,
 ):
-    # tile number -> (row, col) with col <= row; the square root may be off by one in the last place
-    tile = tl.program_id(0)
-    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-    col = tile - row * (row + 1) // 2
-
-    # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
+    RATIO: tl.constexpr = BLOCK_J // BLOCK_I
+    QUARTER: tl.constexpr = BLOCK_J // 4
     offs_t = tl.arange(0, BLOCK_T)
-    offs_d = tl.arange(0, BLOCK_D)
-    first_i = row * BLOCK_D
-    first_j = col * BLOCK_D
-    mask_i = offs_d < width - first_i
-    mask_j = offs_d < width - first_j
-    start = tl.program_id(1) * part
-    stop = tl.minimum(start + part, num_tokens)
-    x_ptr += start.to(tl.int64) * stride_xt + first_i.to(tl.int64) * stride_xd
-    y_ptr += start.to(tl.int64) * stride_yt + first_j.to(tl.int64) * stride_yd
-    if HAS_WEIGHT:
-        weight_ptr += start.to(tl.int64) * stride_w
-    acc = tl.full((BLOCK_D, BLOCK_D), 0.0, tl.float32)
-    for t in range(start, stop, BLOCK_T):
-        mask_t = offs_t < stop - t
-        x = tl.load(  # (BLOCK_T, BLOCK_D)
-            x_ptr + (offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd),
-            mask=mask_t[:, None] & mask_i[None, :],
-            other=0.0,
-        )
-        y = tl.load(  # (BLOCK_T, BLOCK_D)
-            y_ptr + (offs_t[:, None] * stride_yt + offs_d[None, :] * stride_yd),
-            mask=mask_t[:, None] & mask_j[None, :],
-            other=0.0,
-        )
-        if UPCAST:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        if HAS_WEIGHT:
-            # Both operands are rounded alike once scaled: the tiles together hold the Gram matrix of one rounded matrix
-            root = tl.sqrt(tl.load(weight_ptr + offs_t * stride_w, mask=mask_t, other=0.0))[:, None]
-            x = (x.to(tl.float32) * root).to(x.dtype)
-            y = (y.to(tl.float32) * root).to(y.dtype)
-            weight_ptr += BLOCK_T * stride_w
-        acc = tl.dot(tl.trans(x), y, acc, input_precision="tf32x3")
-        x_ptr += BLOCK_T * stride_xt
-        y_ptr += BLOCK_T * stride_yt
+    offs_i = tl.arange(0, BLOCK_I)
+    offs_j = tl.arange(0, BLOCK_J)
 
-    out_ptrs = out_ptr + first_i.to(tl.int64) * stride_or + first_j + (offs_d[:, None] * stride_or + offs_d[None, :])
-    mask = mask_i[:, None] & (first_j + offs_d[None, :] <= first_i + offs_d[:, None])
-    if SPLIT:
-        tl.atomic_add(out_ptrs, acc, mask=mask, sem="relaxed")
+    # `tiles.Plan.segments`, in the words of a kernel
+    program = tl.program_id(0)
+    shared_from = waves * tl.num_programs(0)
+    num_blocks = steps // share * rest
+    tail = steps % share
+    begin = (program - num_blocks) * share
+    end = tl.minimum(begin + share, rest * tail)
+    if program < num_blocks:
+        segments = waves + 1
+    elif begin < end:
+        segments = waves + tl.cdiv(end, tail) - begin // tail
     else:
-        tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + acc, mask=mask)
+        segments = waves
+    # What does not change from segment to segment, such as addresses, is computed again: kept, it would spill
+    for segment in tl.range(0, segments, disable_licm=True):
+        if segment < waves:
+            tile = segment * tl.num_programs(0) + program
+            first = 0
+            count = steps
+        elif program < num_blocks:
+            tile = shared_from + program % rest
+            first = program // rest * share
+            count = share
+        else:
+            nth = begin // tail + segment - waves
+            skipped = tl.maximum(begin - nth * tail, 0)
+            tile = shared_from + nth
+            first = steps - tail + skipped
+            count = tl.minimum(end - nth * tail, tail) - skipped
+
+        row, col = place(tile, RATIO)
+        # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
+        first_i = row * BLOCK_I
+        first_j = col * BLOCK_J
+        mask_i = offs_i < width - first_i
+        mask_j = offs_j < width - first_j
+        tokens = tl.minimum(count * BLOCK_T, num_tokens - first * BLOCK_T)
+        first_t = (first * BLOCK_T).to(tl.int64)
+        xs_ptr = x_ptr + first_t * stride_xt + first_i.to(tl.int64) * stride_xd
+        ys_ptr = y_ptr + first_t * stride_yt + first_j.to(tl.int64) * stride_yd
+        if HAS_WEIGHT:
+            ws_ptr = weight_ptr + first_t * stride_w
+        acc = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
+        for t in range(0, tokens, BLOCK_T):
+            mask_t = offs_t < tokens - t
+            x = tl.load(  # (BLOCK_T, BLOCK_I)
+                xs_ptr + (offs_t[:, None] * stride_xt + offs_i[None, :] * stride_xd),
+                mask=mask_t[:, None] & mask_i[None, :],
+                other=0.0,
+            )
+            y = tl.load(  # (BLOCK_T, BLOCK_J)
+                ys_ptr + (offs_t[:, None] * stride_yt + offs_j[None, :] * stride_yd),
+                mask=mask_t[:, None] & mask_j[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            if HAS_WEIGHT:
+                # Both operands are rounded alike once scaled: all tiles hold the Gram matrix of one rounded matrix
+                root = tl.sqrt(tl.load(ws_ptr + offs_t * stride_w, mask=mask_t, other=0.0))[:, None]
+                x = (x.to(tl.float32) * root).to(x.dtype)
+                y = (y.to(tl.float32) * root).to(y.dtype)
+                ws_ptr += BLOCK_T * stride_w
+            if SPLIT_BF16:
+                # y as the sum of three bfloat16 numbers, which is exact: as good as tf32x3, and half its time
+                high = y.to(tl.bfloat16)
+                rest_of_y = y - high.to(tl.float32)
+                middle = rest_of_y.to(tl.bfloat16)
+                low = (rest_of_y - middle.to(tl.float32)).to(tl.bfloat16)
+                acc = tl.dot(tl.trans(x), high, acc)
+                acc = tl.dot(tl.trans(x), middle, acc)
+                acc = tl.dot(tl.trans(x), low, acc)
+            else:
+                acc = tl.dot(tl.trans(x), y, acc, input_precision="tf32x3")
+            xs_ptr += BLOCK_T * stride_xt
+            ys_ptr += BLOCK_T * stride_yt
+
+        left, right = halves(acc)  # in parts, so that addresses and masks fit the registers
+        a, b = halves(left)
+        c, d = halves(right)
+        add_lower(out_ptr, a, first_i, first_j, width, stride_or, PACKED)
+        add_lower(out_ptr, b, first_i, first_j + QUARTER, width, stride_or, PACKED)
+        add_lower(out_ptr, c, first_i, first_j + 2 * QUARTER, width, stride_or, PACKED)
+        add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED)
 
 
 def gram_accumulate(
@@ -100,42 +179,45 @@ def gram_accumulate(
     *,
     target: tiles.Target | None = None,
     tile: tiles.Tile | None = None,
-    splits: int | None = None,
 ) -> None:
-    """Launch. `splits` is the number of parts of the tokens; more than one adds in no fixed order.
-
-    `other` may have another dtype than x here: both are then multiplied in float32.
-    """
+    """Launch. `other` may have another dtype than x here: both are then multiplied in float32, or as well as that."""
     num_tokens, width = x.shape
     if num_tokens == 0 or width == 0:
         return
     target = target or tiles.target(x.device)
     other = x if other is None else other
     tiles.check_strides(out=out, x=x, other=other)
-    upcast = x.dtype != other.dtype or tiles.interpreted_bf16(x)
-    tile = tile or tiles.tile("gram", target, torch.float32 if upcast else x.dtype, out, x, other)
-    edge = triton.cdiv(width, tile.rows)
-    num_tiles = edge * (edge + 1) // 2
-    if torch.are_deterministic_algorithms_enabled():
-        splits = 1
-    splits = splits or tiles.token_splits(num_tokens, num_tiles, target.num_sms, 8 * tile.depth)
-    part = triton.cdiv(triton.cdiv(num_tokens, splits), tile.depth) * tile.depth
-    gram_kernel[num_tiles, splits](
+    split_bf16 = weight is None and (x.dtype, other.dtype) == (torch.bfloat16, torch.float32)
+    split_bf16 = split_bf16 and not tiles.interpreted_bf16(x)
+    upcast = not split_bf16 and (x.dtype != other.dtype or tiles.interpreted_bf16(x))
+    if tile:
+        candidates = [tile]
+    elif split_bf16:
+        candidates = [tiles.tile("gram_split", target, torch.float32, x, other)]
+    else:
+        candidates = tiles.gram_candidates(target, torch.float32 if upcast else x.dtype, out, x, other)
+    tile, plan = tiles.gram_plan(candidates, target, num_tokens, width)
+    gram_kernel[(plan.programs,)](
         out,
         x,
         other,
         weight,
         num_tokens,
         width,
-        part,
-        out.stride(0),
+        plan.waves,
+        plan.rest,
+        plan.steps,
+        plan.share,
+        0 if out.ndim == 1 else out.stride(0),
         *x.stride(),
         *other.stride(),
         0 if weight is None else weight.stride(0),
-        BLOCK_D=tile.rows,
+        BLOCK_I=tile.rows,
+        BLOCK_J=tile.cols,
         BLOCK_T=tile.depth,
         HAS_WEIGHT=weight is not None,
-        SPLIT=splits > 1,
+        PACKED=out.ndim == 1,
         UPCAST=upcast,
+        SPLIT_BF16=split_bf16,
         **tile.options(),
     )

@@ -25,7 +25,8 @@ def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other:
 
     Args:
         out: (D, D) float32, rows contiguous; float64 where x is. Only the lower triangle, diagonal included, is
-            updated; the strict upper one keeps its values, whatever they are. `symmetrize(out)` gives the full matrix.
+            updated; the strict upper one keeps its values, whatever they are. Or the triangle alone, packed row by row
+            as `pack` does: (D (D + 1) / 2,), contiguous. `symmetrize(out)` gives the full matrix of both.
         x: (T, D) float32, float16 or bfloat16 (float64 on a CPU), any strides. T = 0 does nothing.
         weight: (T,) of out's dtype, non-negative. `sqrt(weight)` multiplies both operands, so the sum is positive
             semi-definite to fp32 rounding. A negative weight is an error on a CPU; on a GPU, where looking would stall
@@ -34,14 +35,14 @@ def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other:
             enough.
 
     Products accumulate in out's dtype. On a GPU a half-precision operand is rounded to its own dtype again once
-    weighted: keep weights of order one, or float16 overflows. There the tokens of a small matrix are split over
-    programs that add in no fixed order, unless `torch.use_deterministic_algorithms(True)` asks for one order. No
-    gradient flows through this operator.
+    weighted: keep weights of order one, or float16 overflows. There several programs may add to one tile, in no fixed
+    order, unless `torch.use_deterministic_algorithms(True)` asks for the same bits every time. No gradient flows
+    through this operator.
 
     Raises:
         TypeError: a dtype not listed above.
-        ValueError: shapes that do not fit, rows of out that are not contiguous, different devices, a negative weight on
-            a CPU.
+        ValueError: shapes that do not fit, rows of out or a packed out that are not contiguous, different devices, a
+            negative weight on a CPU; on a GPU, strides of 2²³ elements or more, or a GPU older than 8.0.
     """
     _gram_accumulate(out, x, weight, other)
 
@@ -51,17 +52,44 @@ def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
 
     Args:
         x: (T, D) float32, float16 or bfloat16 (float64 on a CPU), any strides.
-        A: (D, D) float32 (float64 where x is), any strides, symmetric. Only its lower triangle is read: the rest may
-            hold anything.
+        A: (D, D) float32 (float64 where x is) or x's dtype, any strides, symmetric. Only its lower triangle counts: the
+            rest may hold anything. Or that triangle packed, (D (D + 1) / 2,), contiguous. In a half-precision dtype a
+            GPU multiplies once, for a float32 A twice (bfloat16) or three times; how well the rounded A stands for the
+            other is the caller's to know.
 
     Rounding can turn a zero of a positive semi-definite A into a small negative number: clamp before using it as a
     weight. The result does not depend on the order in which a GPU runs its programs. No gradient is defined.
 
     Raises:
         TypeError: a dtype not listed above.
-        ValueError: shapes that do not fit, different devices.
+        ValueError: shapes that do not fit, a packed A that is not contiguous, different devices; on a GPU, strides of
+            2²³ elements or more, or a GPU older than 8.0.
     """
     return _quadratic_form(x, A)
+
+
+def quadratic_form_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`q_t = x_tᵀ A x_t`, and the rows of g scaled by its root: `(q, sqrt(max(scale q_t, 0)) g_t)`.
+
+    `gram_accumulate` of the scaled rows is `scale sum_t q_t g_t g_tᵀ`, what it gives for g with the weights `scale q`,
+    but multiplies unweighted; on a GPU the scaling needs no launch and no pass over q of its own.
+
+    Args:
+        x, A: as in `quadratic_form`.
+        g: (T, D_G) of x's dtype, any strides.
+        scale: non-negative. The scaled rows are rounded to g's dtype: choose it so that `scale q` is of order one, or
+            float16 overflows.
+
+    Returns:
+        q, as from `quadratic_form`, and the scaled rows, (T, D_G) contiguous, of g's dtype. Where rounding took a zero
+        of q below zero, the row is zero. Neither depends on the order in which a GPU runs its programs. No gradient is
+        defined.
+
+    Raises:
+        TypeError: a dtype not listed above.
+        ValueError: as `quadratic_form`, or a scale that is negative or NaN.
+    """
+    return _quadratic_form_scale(x, A, g, scale)
 
 
 def sequence_unit_step(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seqlens: Tensor) -> None:
@@ -71,12 +99,12 @@ def sequence_unit_step(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_s
     half. It never needs the gradients G_s: `G_s A G_sᵀ = g_sᵀ (K_s g_s)` with `K_s = x_s A x_sᵀ`.
 
     Args:
-        out: (D_OUT, D_OUT), as in `gram_accumulate`.
+        out: (D_OUT, D_OUT) or packed, as in `gram_accumulate`.
         x: (T, D_IN) float32, float16 or bfloat16 (float64 on a CPU), any strides: the tokens of all sequences, one
             after another.
         g: (T, D_OUT) of x's dtype, any strides.
         A: (D_IN, D_IN) float32 (float64 where x is), symmetric positive semi-definite; only its lower triangle is read.
-            None is the identity.
+            It may be packed. None is the identity.
         cu_seqlens: (N + 1,) int32 or int64 on x's device: 0, the ends of the N sequences in ascending order, T.
             Sequences may be empty and of any lengths. The values are checked on a CPU; on a GPU, where looking would
             stall the stream, they are the caller's to get right.
@@ -150,9 +178,19 @@ def _expect_tokens(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be 2-dimensional (tokens, features), got {tuple(tensor.shape)}")
 
 
+def _expect_symmetric(name: str, matrix: Tensor, width: int, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """A full matrix, or its packed triangle."""
+    dtype = dtype or _accumulator_dtype(x)
+    if matrix.ndim != 1:
+        return _expect(name, matrix, (width, width), dtype, x)
+    _expect(f"packed {name}", matrix, (reference.triangle(width),), dtype, x)
+    if width > 1 and matrix.stride(0) != 1:
+        raise ValueError(f"packed {name} must be contiguous, got stride {matrix.stride(0)}")
+
+
 def _expect_accumulator(out: Tensor, width: int, x: Tensor) -> None:
-    _expect("out", out, (width, width), _accumulator_dtype(x), x)
-    if width > 1 and (out.stride(1) != 1 or out.stride(0) < width):
+    _expect_symmetric("out", out, width, x)
+    if out.ndim == 2 and width > 1 and (out.stride(1) != 1 or out.stride(0) < width):
         raise ValueError(f"out must have contiguous rows (strides (>= {width}, 1)), got strides {out.stride()}")
 
 
@@ -177,7 +215,15 @@ def _check_gram_values(out: Tensor, x: Tensor, weight: Tensor | None = None, oth
 
 def _check_quadratic_form(x: Tensor, A: Tensor) -> None:
     _expect_tokens("x", x)
-    _expect("A", A, (x.shape[1], x.shape[1]), _accumulator_dtype(x), x)
+    _expect_symmetric("A", A, x.shape[1], x, x.dtype if A.dtype == x.dtype else None)
+
+
+def _check_quadratic_form_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> None:
+    _check_quadratic_form(x, A)
+    _expect_tokens("g", g)
+    _expect("g", g, (x.shape[0], g.shape[1]), x.dtype, x)
+    if not scale >= 0:
+        raise ValueError(f"scale must be non-negative, got {scale}")
 
 
 def _check_sequence(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seqlens: Tensor) -> None:
@@ -186,7 +232,7 @@ def _check_sequence(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seql
     _expect("g", g, (x.shape[0], g.shape[1]), x.dtype, x)
     _expect_accumulator(out, g.shape[1], x)
     if A is not None:
-        _expect("A", A, (x.shape[1], x.shape[1]), _accumulator_dtype(x), x)
+        _expect_symmetric("A", A, x.shape[1], x)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != x.device:
@@ -279,7 +325,13 @@ _quadratic_form = _define(
     reference.quadratic_form,
     "gfwsvd_kernels.quadform",
     _check_quadratic_form,
-    shape_only=lambda x, A: x.new_empty(x.shape[0], dtype=A.dtype),
+    shape_only=lambda x, A: x.new_empty(x.shape[0], dtype=_accumulator_dtype(x)),
+)
+_quadratic_form_scale = _define(
+    reference.quadratic_form_scale,
+    "gfwsvd_kernels.quadform",
+    _check_quadratic_form_scale,
+    shape_only=lambda x, A, g, scale: (x.new_empty(x.shape[0], dtype=_accumulator_dtype(x)), g.new_empty(g.shape)),
 )
 _sequence_unit_step = _define(
     reference.sequence_unit_step,

@@ -4,6 +4,9 @@ Arguments are taken as checked (`ops.py` does that), so any device works. The wo
 little more than half of a full product and temporaries are bounded.
 """
 
+from collections.abc import Iterator
+from math import isqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,15 +19,67 @@ BLOCK = 192  # up to this width a triangle is computed as a full square
 CHUNK = 2048  # tokens at a time: bounds the scaled, upcast and intermediate copies
 
 
-def symmetrize(lower: Tensor) -> Tensor:
-    """The full symmetric matrix whose lower triangle, diagonal included, is that of `lower` (..., D, D).
+def pack(lower: Tensor) -> Tensor:
+    """The lower triangle of `lower` (D, D), diagonal included, row by row: (D (D + 1) / 2,), half the memory.
 
-    The strict upper triangle of `lower` is never used, so it may hold anything, NaN too. Any dtype; returns a new
-    tensor. The two halves of the result are equal bit for bit.
+    Row i starts at i (i + 1) / 2. The strict upper triangle of `lower` is never used. Any dtype; returns a new tensor.
+    `symmetrize` is the way back.
     """
+    if lower.ndim != 2 or lower.shape[0] != lower.shape[1]:
+        raise ValueError(f"lower must be (D, D), got {tuple(lower.shape)}")
+    packed = lower.new_empty(triangle(lower.shape[0]))
+    for i, j in _row_blocks(lower.shape[0]):
+        packed[triangle(i) : triangle(j)] = _packed_rows(lower[i:j, :j])
+    return packed
+
+
+def symmetrize(lower: Tensor) -> Tensor:
+    """The full symmetric matrix whose lower triangle, diagonal included, is that of `lower`.
+
+    `lower` is (..., D, D), of which the strict upper triangle is never used, so it may hold anything, NaN too; or one
+    packed triangle, (D (D + 1) / 2,). Any dtype; returns a new tensor. The two halves of the result are equal bit for
+    bit.
+    """
+    if lower.ndim == 1:
+        return _unpacked(lower)
     if lower.ndim < 2 or lower.shape[-1] != lower.shape[-2]:
-        raise ValueError(f"lower must be (..., D, D), got {tuple(lower.shape)}")
+        raise ValueError(f"lower must be (..., D, D) or packed, (D (D + 1) / 2,), got {tuple(lower.shape)}")
     return lower.tril() + lower.tril(-1).mT
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    width = (isqrt(8 * packed.shape[0] + 1) - 1) // 2
+    if triangle(width) != packed.shape[0]:
+        raise ValueError(f"a packed triangle must have D (D + 1) / 2 elements, got {packed.shape[0]}")
+    full = packed.new_empty(width, width)
+    for i, j in _row_blocks(width, max(BLOCK, 2**22 // max(width, 1))):  # few launches on a GPU, small temporaries
+        rows = _lower_rows(packed, i, j)
+        full[i:j, :i], full[:i, i:j] = rows[:, :i], rows[:, :i].mT
+        full[i:j, i:j] = symmetrize(rows[:, i:])
+    return full
+
+
+def triangle(width: int) -> int:
+    """How many entries a triangle has, and where row `width` of a packed one starts."""
+    return width * (width + 1) // 2
+
+
+def _row_blocks(width: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    return ((i, min(i + block, width)) for i in range(0, width, block))
+
+
+def _lower_rows(matrix: Tensor, i: int, j: int) -> Tensor:
+    """Rows i to j of a lower triangle, full or packed: (j - i, j), zeros above the diagonal."""
+    if matrix.ndim == 2:
+        return matrix[i:j, :j].tril(i)
+    number = torch.arange(i, j, device=matrix.device)[:, None]
+    places = number * (number + 1) // 2 + torch.arange(j, device=matrix.device)
+    return matrix[places.clamp_(max=matrix.shape[0] - 1)].tril_(i)  # above the diagonal are entries of later rows
+
+
+def _packed_rows(rows: Tensor) -> Tensor:
+    """The packed form of the last rows of a square lower triangle."""
+    return rows[torch.ones_like(rows, dtype=torch.bool).tril_(rows.shape[1] - rows.shape[0])]
 
 
 def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
@@ -40,7 +95,14 @@ def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other:
 
 
 def _add_lower_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Lower triangle of out += that of leftᵀ right: one rectangle by GEMM, then the two triangles beside it."""
+    """Lower triangle of out += that of leftᵀ right: one rectangle by GEMM, then the two triangles beside it.
+
+    Into a packed triangle, a block of rows at a time.
+    """
+    if out.ndim == 1:
+        for i, j in _row_blocks(left.shape[1]):
+            out[triangle(i) : triangle(j)] += _packed_rows(left[:, i:j].mT @ right[:, :j])
+        return
     width = out.shape[0]
     if width <= BLOCK:
         out += (left.mT @ right).tril_()  # adds an exact zero above the diagonal
@@ -52,14 +114,20 @@ def _add_lower_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
-    q = x.new_zeros(x.shape[0], dtype=A.dtype)
-    for i in range(0, A.shape[0], BLOCK):
-        j = min(i + BLOCK, A.shape[0])
-        rows = A[i:j, :j].tril(i) + A[i:j, :j].tril(i - 1)  # rows i:j of 2 tril(A, -1) + diag(A)
+    q = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    for i, j in _row_blocks(x.shape[1]):
+        rows = _lower_rows(A, i, j).to(q.dtype)
+        rows = rows + rows.tril(i - 1)  # of 2 tril(A, -1) + diag(A)
         for t in range(0, x.shape[0], CHUNK):
-            chunk = x[t : t + CHUNK, :j].to(A.dtype)
+            chunk = x[t : t + CHUNK, :j].to(q.dtype)
             q[t : t + CHUNK] += (chunk @ rows.mT).mul_(chunk[:, i:j]).sum(1)
     return q
+
+
+def quadratic_form_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q = quadratic_form(x, A)
+    root = (scale * q).clamp_(min=0).sqrt_()
+    return q, (g * root[:, None]).to(g.dtype).contiguous()
 
 
 def sequence_unit_step(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seqlens: Tensor) -> None:

@@ -54,12 +54,14 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
-            elif parameter.is_constexpr or value is None or value == 1:
+            elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
-                aligned = value % 16 == 0
+                aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
@@ -72,6 +74,7 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    blocks_per_sm: int
     tensor_core: tuple[str, ...]
 
 
@@ -94,7 +97,9 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     compiled = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
     usage = _resource_usage(compiled.asm["cubin"])
     found = tuple(name for name in TENSOR_CORE if name in compiled.asm["ptx"])
-    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, found)
+    shared_bytes = compiled.metadata.shared
+    per_sm = tiles.blocks_per_sm(usage["REG"], shared_bytes, launch.options["num_warps"], arch)
+    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], shared_bytes, per_sm, found)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -124,10 +129,10 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
 
 
 def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    few, many, rank = 8, 2048, width // 8
+    few, many, rank = 8, 8192, width // 8
     x, weight, A = _empty(many, width, dtype=dtype), _empty(many), _empty(width, width)
-    gram.gram_accumulate(A, x, weight, target=target, splits=2)
-    quadform.quadratic_form(x, A, target=target)
+    gram.gram_accumulate(A, x, weight, target=target)
+    quadform.quadratic_form_scale(x, A, x, 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
     down, up, bias = (_empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
     for num_tokens in (few, many):
@@ -135,12 +140,26 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
 
 
 def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    x, weight, A = _empty(2048, width, dtype=dtype), _empty(2048), _empty(width, width)
-    gram.gram_accumulate(A, x, weight, target=target, splits=1)
-    for splits in (1, 2):
-        gram.gram_accumulate(A, x, target=target, splits=splits)
-        gram.gram_accumulate(A, x, other=x.float(), target=target, splits=splits)
+    x, weight, A = _empty(8192, width, dtype=dtype), _empty(8192), _empty(width, width)
+    gram.gram_accumulate(A, x, target=target)
+    gram.gram_accumulate(_packed(A), x, target=target)
+    gram.gram_accumulate(_packed(A), x, weight, target=target)
+    for out in (A, _packed(A)):
+        gram.gram_accumulate(out, x, other=x.float(), target=target)
+    narrow = tiles.tile("gram", target, dtype, x)
+    gram.gram_accumulate(A, x, target=target, tile=narrow)
+    gram.gram_accumulate(A, x, weight, target=target, tile=narrow)
+    quadform.quadratic_form(x, A, target=target)
+    quadform.quadratic_form(x[:128], A, target=target)
+    for half in (x, x[:128]):
+        quadform.quadratic_form_scale(half, A.to(dtype), half, 1.0, target=target)
+    quadform.quadratic_form_scale(x, _packed(A), x, 1.0, target=target)
+    quadform.quadratic_form_scale(x[:128], _packed(A), x[:128], 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
+
+
+def _packed(matrix: torch.Tensor) -> torch.Tensor:
+    return _empty(matrix.shape[0] * (matrix.shape[0] + 1) // 2)
 
 
 def _launch_groups(target: tiles.Target) -> None:
@@ -184,7 +203,7 @@ def _launch_ones(target: tiles.Target) -> None:
     """Sizes and strides of one, which Triton turns into constants: other code, which must compile too."""
     one = _empty(1, 1)
     gram.gram_accumulate(one, one, one[0], target=target)
-    quadform.quadratic_form(one, one, target=target)
+    quadform.quadratic_form_scale(one, one, one, 1.0, target=target)
     sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
     lowrank.lowrank_linear(one, one, one, one[0], target=target)
 
@@ -194,7 +213,8 @@ def report(arch: int, number: int) -> dict[str, Any]:
     launch = shipped_launches(arch)[number]
     pointers = [kind for kind in launch.source().signature.values() if kind.startswith("*")]
     flags = {name: value for name, value in launch.arguments.items() if name.isupper()} | launch.options
-    name = {"kernel": launch.kernel.__name__, "arch": arch, "pointers": " ".join(pointers), "flags": flags}
+    name = {"kernel": launch.kernel.__name__, "arch": arch, "grid": launch.grid, "pointers": " ".join(pointers)}
+    name["flags"] = flags
     return name | asdict(compile_launch(launch, arch))
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes and split counts by architecture: tables, since an operator that updates its output cannot be autotuned.
+"""Tile sizes and shares of work by architecture: tables, for an operator that updates its output cannot be autotuned.
 
 The entries come from ahead-of-time compilation: tiles that neither spill nor lose their tensor-core instructions on the
 architecture. `tests/kernels/test_aot.py` compiles every one of them again.
@@ -30,26 +30,38 @@ class Tile:
     depth: int
     num_warps: int
     num_stages: int
+    per_sm: int = 1  # programs of a persistent grid that an SM holds at once
+
+    def in_triangle(self, width: int) -> int:
+        """How many tiles meet the lower triangle of a square matrix: in row r, the first r // (cols / rows) + 1."""
+        bands, odd_rows = divmod(-(-width // self.rows), self.cols // self.rows)
+        return bands * (bands + 1) // 2 * (self.cols // self.rows) + odd_rows * (bands + 1)
 
     def options(self) -> dict[str, int | bool]:
         """What a launch is told besides block sizes; multiply-adds are fused by choice, not by a changing default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# Offsets of at most 128 rows and 128 columns below this stay within 31 bits. Tensors may be larger: bases have 64 bits.
+# Offsets of at most 128 rows and 128 columns below this, or of 256 contiguous rows, stay within 31 bits. Tensors may be
+# larger: bases have 64 bits.
 MAX_STRIDE = 2**23
 
-# kernel -> architecture -> bytes per element of the operands -> tile. Tiles of the Gram kernel are square.
+# kernel -> architecture -> bytes per element of the operands -> tile
 ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     "gram": {
-        80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
-        90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
+        80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3, per_sm=2)},
+        90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(64, 128, 32, 4, 3, per_sm=2)},
         100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
+    },
+    "gram_split": {  # the other operand float32
+        80: {4: Tile(64, 64, 32, 4, 3, per_sm=2)},
+        90: {4: Tile(128, 128, 32, 8, 3)},
+        100: {4: Tile(128, 128, 32, 8, 3)},
     },
     "quadratic_form": {
         80: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        90: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        100: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        90: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        100: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     },
     "scores": {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
@@ -83,10 +95,18 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }
 
+# Larger tiles, which load less for each product, of the kernels that choose by the size of the problem. Those of the
+# Gram kernel serve an aligned `out` alone: where additions to memory are no vectors (packed rows; sm_80) they spill.
+LARGE: dict[str, dict[int, dict[int, Tile]]] = {
+    "gram": {80: {}, 90: {2: Tile(128, 256, 64, 8, 3)}, 100: {2: Tile(128, 256, 64, 8, 3)}},
+    "quadratic_form": {80: {}, 90: {2: Tile(256, 128, 32, 8, 4)}, 100: {2: Tile(256, 128, 32, 8, 4)}},
+}
+
 # Rows that are not contiguous, or start at no multiple of 16 elements, need an address for each element, hence more
 # registers and smaller tiles.
 UNALIGNED: dict[str, Tile] = {
     "gram": Tile(64, 64, 32, 8, 2),
+    "gram_split": Tile(64, 64, 32, 8, 2),
     "quadratic_form": Tile(64, 64, 32, 8, 2),
     "scores": Tile(64, 64, 32, 8, 2),
     "apply": Tile(64, 64, 32, 8, 2),
@@ -115,15 +135,31 @@ def target(device: torch.device) -> Target:
 
 def tile(kernel: str, target: Target, dtype: torch.dtype, *tensors: Tensor) -> Tile:
     """The tile of a kernel that multiplies in dtype and addresses these tensors."""
-    if all(_is_aligned(tensor) for tensor in tensors):
+    if _is_aligned(*tensors):
         return ALIGNED[kernel][target.arch][dtype.itemsize]
     return UNALIGNED[kernel]
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def _is_aligned(*tensors: Tensor) -> bool:
     """Whether rows can be read 16 bytes at a time. Triton looks for multiples of 16 elements, so this does too."""
-    offset = tensor.storage_offset() * tensor.element_size()
-    return offset % 16 == 0 and tensor.stride(1) == 1 and tensor.stride(0) % 16 == 0
+    return all(
+        tensor.storage_offset() * tensor.element_size() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+# Shared memory of an SM, of which each block takes 1 KB more than it asks for; of the parts that run the tiles of 8.0,
+# 8.6 and 8.9 have the least.
+SM_SHARED_BYTES = {80: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+
+def blocks_per_sm(registers: int, shared_bytes: int, num_warps: int, arch: int = H200.arch) -> int:
+    """How many blocks an SM holds: the least that registers (in eights a thread), shared memory and threads allow."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_shared = SM_SHARED_BYTES[arch] // (shared_bytes + 1024)
+    return min(by_registers, by_shared, 2048 // (32 * num_warps), 32)
 
 
 def interpreted_bf16(operand: Tensor) -> bool:
@@ -139,17 +175,83 @@ def check_strides(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have strides below {MAX_STRIDE} elements on a GPU, {found}")
 
 
-def token_splits(num_tokens: int, num_tiles: int, num_sms: int, least_tokens: int) -> int:
-    """Into how many parts to cut the tokens, so that the programs, one for each output tile and part, fill the SMs.
+LEAST_STEPS = 8  # of tokens that are worth the addition of a tile to memory
 
-    The smallest count that keeps 90 % of the SMs busy over all waves of programs, else the one that keeps most busy,
-    among those that leave each part `least_tokens` and make at most eight waves, beyond which SMs hardly idle.
+
+class Plan(NamedTuple):
+    """Who computes what of the (tile, step) pairs of a triangle: stream-K, but programs keep to the same tokens.
+
+    A program owns `waves` whole tiles. The `rest` of the tiles, fewer than there are programs, are cut into shares of
+    equally many steps, one a program: first each tile into as many blocks of one share as it holds, then what is left,
+    the last steps of all these tiles in a row, into ranges that may cross from tile to tile. But for these last steps,
+    programs that run at the same time read the same tokens, so that x comes from memory about once. Ranges across whole
+    tiles would start anywhere: D = 1024 would read a long x from memory seven times.
     """
-    most = max(1, min(num_tokens // least_tokens, 8 * num_sms // num_tiles))
 
-    def busy(splits: int) -> float:
-        programs = splits * num_tiles
-        return programs / (-(-programs // num_sms) * num_sms)
+    programs: int
+    waves: int
+    rest: int
+    steps: int
+    share: int
 
-    counts = range(1, most + 1)
-    return next((count for count in counts if busy(count) >= 0.9), max(counts, key=busy))
+    @property
+    def longest(self) -> int:
+        """Steps of the busiest program."""
+        return self.waves * self.steps + (self.share if self.rest else 0)
+
+    def segments(self, program: int) -> list[tuple[int, int, int]]:
+        """What a program does, in its order: tiles, and of each the first step and how many."""
+        found = [(wave * self.programs + program, 0, self.steps) for wave in range(self.waves)]
+        shared_from = self.waves * self.programs
+        blocks_of_a_tile, tail = divmod(self.steps, self.share)
+        num_blocks = blocks_of_a_tile * self.rest
+        if program < num_blocks:
+            return [*found, (shared_from + program % self.rest, program // self.rest * self.share, self.share)]
+        begin = (program - num_blocks) * self.share
+        end = min(begin + self.share, self.rest * tail)
+        while begin < end:
+            nth, skipped = divmod(begin, tail)
+            count = min(tail - skipped, end - begin)
+            found.append((shared_from + nth, self.steps - tail + skipped, count))
+            begin += count
+        return found
+
+
+def plan(num_tiles: int, steps: int, programs: int) -> Plan:
+    """For at most so many programs; fewer where their shares would not be worth the addition of a tile."""
+    waves, rest = divmod(num_tiles, programs)
+    share = max(-(-rest * steps // programs), min(LEAST_STEPS, steps))
+    return Plan(programs if waves else -(-rest * steps // share), waves, rest, steps, share)
+
+
+def gram_candidates(target: Target, dtype: torch.dtype, out: Tensor, x: Tensor, other: Tensor) -> list[Tile]:
+    """The tiles of the Gram kernel that multiplies in dtype and addresses these tensors."""
+    found = [tile("gram", target, dtype, x, other)]
+    large = LARGE["gram"][target.arch].get(dtype.itemsize)
+    if large and out.ndim == 2 and _is_aligned(x, other, out):
+        found.append(large)
+    return found
+
+
+def gram_plan(candidates: list[Tile], target: Target, num_tokens: int, width: int) -> tuple[Tile, Plan]:
+    """The tile whose busiest program loads the least, and its plan.
+
+    In deterministic mode every tile of `out` has one program, and nothing depends on the number of SMs.
+    """
+    planned = []
+    for candidate in candidates:
+        num_tiles, steps = candidate.in_triangle(width), -(-num_tokens // candidate.depth)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        programs = num_tiles if deterministic else target.num_sms * candidate.per_sm
+        planned.append((candidate, plan(num_tiles, steps, programs)))
+    return min(planned, key=lambda pair: pair[1].longest * pair[0].depth * (pair[0].rows + pair[0].cols))
+
+
+def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor, g: Tensor | None = None) -> Tile:
+    """The large tile where its programs are no fewer than the SMs, else the other one."""
+    large = LARGE["quadratic_form"][target.arch].get(dtype.itemsize)
+    if large and _is_aligned(x, A, x if g is None else g):
+        num_programs = -(-x.shape[0] // large.rows) * -(-x.shape[1] // large.cols)
+        if num_programs >= target.num_sms:
+            return large
+    return tile("quadratic_form", target, dtype, x, A)

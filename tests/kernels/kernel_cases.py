@@ -33,6 +33,13 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return view.copy_(values)
 
 
+def far_apart(values: Tensor) -> Tensor:
+    """The same matrix with the widest rows that a launcher takes; 300 of them span more than 2**31 elements."""
+    stride = 2**23 - 16
+    span = torch.empty(len(values) * stride, dtype=values.dtype, device=values.device)  # mostly never touched
+    return span.as_strided(values.shape, (stride, 1)).copy_(values)
+
+
 def positive_semidefinite(width: int) -> Tensor:
     factor = torch.randn(width, width + 3, dtype=torch.float64)
     return (factor @ factor.mT / width).float().to(DEVICE)

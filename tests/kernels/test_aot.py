@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from gfwsvd_kernels import tiles
+
 # Shared memory that a block may have: 8.6 and 8.9 run the tiles of 8.0 and have the least.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The small tiles have fewer rows than a wgmma or tcgen05 instruction, so any architecture runs them by mma.sync.
@@ -57,3 +59,9 @@ def test_products_run_on_the_tensor_cores_of_the_architecture(compiled):
 
 def test_a_block_fits_the_shared_memory(compiled):
     assert [row for row in compiled if row["shared_bytes"] > SHARED_BYTES[row["arch"]]] == []
+
+
+def test_an_sm_holds_the_programs_that_a_persistent_grid_counts_on(compiled):
+    for row in compiled:
+        if row["kernel"] == "gram_kernel":
+            assert row["grid"][0] <= row["blocks_per_sm"] * tiles.H200.num_sms, row

@@ -11,8 +11,12 @@ from gfwsvd_kernels import (
     gram,
     gram_accumulate,
     lowrank_linear,
+    pack,
     quadratic_form,
+    quadratic_form_scale,
     sequence_unit_step,
+    symmetrize,
+    tiles,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -43,13 +47,19 @@ def test_gram_accumulate_agrees_with_float64(size, dtype, weighted):
     assert least_eigenvalue(out) > -1e-5
 
 
-def test_split_tokens_add_every_part_exactly_once():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(100_000, 200), (4096, 1024), (8192, 4096), (513, 2000), (31, 4100)])
+def test_every_step_of_every_tile_is_added_exactly_once(size, dtype):
     """Integers, so that any order of additions gives the same bits and a lost or doubled one shows."""
-    x = torch.randint(-3, 4, (100_000, 200), device="cuda").bfloat16()
+    x = torch.randint(-3, 4, size, device="cuda").to(dtype)
     expected = (x.double().mT @ x.double()).tril()
-    for splits in (2, 7, 64):
-        out = torch.zeros(200, 200, device="cuda")
-        gram.gram_accumulate(out, x, splits=splits)
+    packed = torch.zeros(size[1] * (size[1] + 1) // 2, device="cuda")
+    gram_accumulate(packed, x)
+    assert torch.equal(symmetrize(packed).double().tril(), expected)
+    out = torch.zeros_like(expected, dtype=torch.float32)
+    for tile in tiles.gram_candidates(tiles.target(x.device), dtype, out, x, x):
+        out.zero_()
+        gram.gram_accumulate(out, x, tile=tile)
         assert torch.equal(out.double(), expected)
 
 
@@ -65,13 +75,56 @@ def test_deterministic_mode_repeats_bit_for_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_tiles_agree_with_float64_and_leave_the_upper_triangle_alone(dtype, weighted):
+    x, weight = normal(5000, 2048, dtype=dtype), torch.rand(5000, device="cuda") if weighted else None
+    scaled = x if weight is None else (x.float() * weight.sqrt()[:, None]).to(dtype)
+    target = tiles.target(x.device)
+    start = normal(2048, 2048)
+    for tile in tiles.gram_candidates(target, dtype, start, x, x):
+        out = with_nan_above_diagonal(start)
+        gram.gram_accumulate(out, x, weight, tile=tile)
+        expected = start.double().tril() + (scaled.double().mT @ scaled.double()).tril()
+        peer = start.tril() + torch.mm(scaled.mT, scaled, out_dtype=torch.float32).tril()
+        assert_as_good_as(peer, out.tril(), expected)
+        assert torch.equal(out.isnan(), torch.ones_like(out, dtype=torch.bool).triu(1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_bfloat16_and_a_float32_operand_are_multiplied_as_well_as_in_float32(size):
+    x = normal(*size, dtype=torch.bfloat16)
+    other = x.float() * (1 + 2.0**-12)  # would round back to x
+    out, oracle = torch.zeros(size[1], size[1], device="cuda"), x.double().mT @ other.double()
+    gram.gram_accumulate(out, x, other=other)
+    assert_as_good_as((x.float().mT @ other).tril(), out, oracle.tril())
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quadratic_form_agrees_with_float64(size, dtype):
     x, A = normal(*size, dtype=dtype), metric(size[1])
     oracle = ((x.double() @ A.double()) * x.double()).sum(1)
     peer = ((x @ A.to(dtype)).float() * x.float()).sum(1)
-    assert_as_good_as(peer, quadratic_form(x, with_nan_above_diagonal(A)), oracle)
+    q = quadratic_form(x, with_nan_above_diagonal(A))
+    assert_as_good_as(peer, q, oracle)
+    assert_as_good_as(peer, quadratic_form(x, pack(A)), oracle)
+    assert_as_good_as(peer, quadratic_form(x, A.to(dtype)), oracle)
+    assert torch.equal(q, quadratic_form(x, with_nan_above_diagonal(A)))  # whichever program arrives last
+
+
+@pytest.mark.parametrize("size", [*SIZES, (20_000, 1024)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_rows_agree_with_float64_and_repeat_bit_for_bit(size, dtype):
+    x, g, A = normal(*size, dtype=dtype), normal(size[0], 777, dtype=dtype), metric(size[1])
+    q, scaled = quadratic_form_scale(x, pack(A), g, 1 / size[1])
+    form = ((x.double() @ A.double()) * x.double()).sum(1)
+    assert_as_good_as(((x @ A.to(dtype)).float() * x.float()).sum(1), q, form)
+    exact = (form / size[1]).sqrt()[:, None] * g.double()
+    assert_as_good_as(exact.to(dtype), scaled, exact)
+    for _ in range(5):
+        again = quadratic_form_scale(x, pack(A), g, 1 / size[1])
+        assert torch.equal(again[0], q) and torch.equal(again[1], scaled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,10 +173,35 @@ def test_a_double_is_refused_on_a_gpu():
         quadratic_form(normal(4, 4, dtype=torch.float64), normal(4, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "name", ["gram_accumulate", "packed", "quadratic_form", "quadratic_form_scale", "sequence_unit_step"]
+)
+def test_a_captured_graph_replays_the_same_sum(name):
+    x, A, cu_seqlens = normal(300, 64), metric(64), torch.tensor([0, 40, 300], device="cuda")
+    call = {
+        "gram_accumulate": lambda out: gram_accumulate(out, x),
+        "packed": lambda out: gram_accumulate(out.view(-1)[:2080], x),
+        "quadratic_form": lambda out: out[0].add_(quadratic_form(x, A)[:64]),
+        "quadratic_form_scale": lambda out: out.add_(quadratic_form_scale(x, A, x, 0.5)[1][:64]),
+        "sequence_unit_step": lambda out: sequence_unit_step(out, x, x, A, cu_seqlens),
+    }[name]
+    once, replayed = torch.zeros(2, 64, 64, device="cuda")
+    call(once)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(replayed)
+    for _ in range(3):
+        graph.replay()
+    torch.testing.assert_close(replayed, 3 * once)
+
+
 def test_a_compiled_graph_runs_the_kernels():
     x, out = normal(100, 64), torch.zeros(64, 64, device="cuda")
     torch.compile(gram_accumulate, fullgraph=True)(out, x)
     assert_as_good_as((x.double().mT @ x.double()).tril(), out, (x.double().mT @ x.double()).tril())
+    A = metric(64)
+    compiled = torch.compile(quadratic_form_scale, fullgraph=True)(x, A, x, 0.5)
+    torch.testing.assert_close(compiled, quadratic_form_scale(x, A, x, 0.5))
 
 
 @pytest.mark.parametrize("case", GROUPS)

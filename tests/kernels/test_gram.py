@@ -2,23 +2,27 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, laid_out, least_eigenvalue
+import triton.language as tl
+from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, far_apart, laid_out, least_eigenvalue
 from torch import Tensor
+from triton import jit
 
-from gfwsvd_kernels import gram, gram_accumulate, reference, tiles
+from gfwsvd_kernels import gram, gram_accumulate, pack, reference, symmetrize, tiles
 
 SMALL = tiles.Tile(16, 16, 16, 4, 2)
+WIDE = tiles.Tile(16, 32, 16, 4, 2)
+THREE_SMS = tiles.Target(90, 3)  # whole tiles in several waves, and shares of the rest
 
 
 def triton(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
-    gram.gram_accumulate(out, x, weight, other, tile=SMALL, splits=1)
+    gram.gram_accumulate(out, x, weight, other, tile=SMALL)
 
 
-def triton_split(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
-    gram.gram_accumulate(out, x, weight, other, tile=SMALL, splits=3)
+def triton_wide(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
+    gram.gram_accumulate(out, x, weight, other, tile=WIDE, target=THREE_SMS)
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("accumulate", [gram_accumulate, triton, triton_split])
+IMPLEMENTATIONS = pytest.mark.parametrize("accumulate", [gram_accumulate, triton, triton_wide])
 
 
 def oracle(x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> Tensor:
@@ -58,12 +62,55 @@ def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(accumulate,
 
 
 @IMPLEMENTATIONS
+def test_operands_may_span_more_than_two_to_the_31_elements(accumulate):
+    x = far_apart(torch.randn(300, 20, device=DEVICE).half())
+    out = torch.zeros(20, 20, device=DEVICE)
+    accumulate(out, x)
+    assert_as_good_as(oracle(x), out, oracle(x))
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_are_refused_before_a_launch():
+    far = torch.empty(4, 2**23, device="meta").mT[:4]
+    for arguments in ((far, far.mT), (torch.empty(4, 4, device="meta"), far)):
+        with pytest.raises(ValueError, match="must have strides below 8388608 elements on a GPU"):
+            gram.gram_accumulate(*arguments)
+
+
+@IMPLEMENTATIONS
 def test_the_upper_triangle_of_out_is_left_alone(accumulate):
     above = torch.ones(45, 45, device=DEVICE, dtype=torch.bool).triu(1)
     out = torch.zeros(45, 45, device=DEVICE).masked_fill(above, float("nan"))
     x = torch.randn(20, 45, device=DEVICE)
     accumulate(out, x)
     assert torch.equal(out.isnan(), above)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_triangle_grows_by_the_same(accumulate, shape, dtype):
+    num_tokens, width = SHAPES[shape]
+    x, weight = torch.randn(num_tokens, width, device=DEVICE).to(dtype), torch.rand(num_tokens, device=DEVICE)
+    start = torch.randn(width, width, device=DEVICE)
+    around = torch.full((width * (width + 1) // 2 + 8,), float("nan"), device=DEVICE)
+    out = around[4:-4].copy_(pack(start))
+    accumulate(out, x, weight)
+    expected = start.tril() + oracle(x, weight)
+    assert_as_good_as(start.tril() + by_torch(x, weight), symmetrize(out).tril(), expected)
+    assert around[:4].isnan().all() and around[-4:].isnan().all()
+
+
+@pytest.mark.parametrize("accumulate", [triton, triton_wide])
+def test_a_kernel_gives_a_packed_triangle_the_bits_of_a_full_one(accumulate):
+    x, start = torch.randn(70, 45, device=DEVICE), torch.randn(45, 45, device=DEVICE)
+    packed, full = pack(start), start.clone()
+    torch.use_deterministic_algorithms(True)
+    try:
+        accumulate(packed, x)
+        accumulate(full, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(packed, pack(full))
 
 
 @IMPLEMENTATIONS
@@ -125,6 +172,9 @@ def test_the_definition_is_exact_in_float64_over_blocks_and_chunks():
     out = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     gram_accumulate(out, x, weight)
     torch.testing.assert_close(out, oracle(x, weight), rtol=1e-12, atol=1e-10)
+    packed = torch.zeros_like(pack(out))
+    gram_accumulate(packed, x, weight)
+    torch.testing.assert_close(packed, pack(oracle(x, weight)), rtol=1e-12, atol=1e-10)
 
 
 def test_the_shipped_tiles_give_the_gram_matrix():
@@ -143,14 +193,53 @@ def test_operands_of_different_dtypes_are_multiplied_in_float32():
     assert_as_good_as(oracle(x, None, other), out, oracle(x, None, other))
 
 
-def test_deterministic_mode_keeps_the_tokens_together(monkeypatch):
-    asked = []
-    monkeypatch.setattr(tiles, "token_splits", lambda *args: asked.append(args) or 2)
-    x, out = torch.randn(70, 20, device=DEVICE), torch.zeros(20, 20, device=DEVICE)
-    torch.use_deterministic_algorithms(True)
-    try:
-        gram.gram_accumulate(out, x, tile=SMALL)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert not asked
-    assert_as_good_as(oracle(x), out, oracle(x))
+def test_operands_longer_than_the_plan_of_one_program_are_walked_whole():
+    """Whole tiles in waves, blocks of steps and ranges across tiles, in one launch."""
+    x = torch.randn(333, 90, device=DEVICE)
+    for tile in (SMALL, WIDE):
+        for num_sms in (2, 5):
+            out = torch.zeros(90, 90, device=DEVICE)
+            gram.gram_accumulate(out, x, tile=tile, target=tiles.Target(90, num_sms))
+            assert_as_good_as(oracle(x), out, oracle(x))
+
+
+def three_bfloat16(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel makes of a float32 operand beside a bfloat16 one, which the interpreter cannot run."""
+    high = y.bfloat16()
+    rest = y - high.float()
+    middle = rest.bfloat16()
+    return high, middle, (rest - middle.float()).bfloat16()
+
+
+def test_a_float32_operand_is_the_sum_of_three_bfloat16_numbers_exactly():
+    y = torch.randn(1000, 100) * 10.0 ** torch.randint(-20, 20, (1000, 1))
+    assert torch.equal(sum(part.double() for part in three_bfloat16(y)), y.double())
+
+
+def test_a_sum_of_few_tokens_by_three_bfloat16_products_is_positive_semidefinite():
+    x, g = torch.randn(8, 30).bfloat16().float(), torch.randn(8, 40).bfloat16().float()
+    e = (x @ x.mT) @ g
+    out = sum(g.mT @ part.float() for part in three_bfloat16(e))
+    assert least_eigenvalue(out) > -1e-6
+    assert_as_good_as(g.mT @ e, out, g.double().mT @ (x.double() @ x.double().mT) @ g.double())
+
+
+@jit
+def places_kernel(row_ptr, col_ptr, first, RATIO: tl.constexpr, BLOCK: tl.constexpr):
+    tile = first + tl.arange(0, BLOCK)
+    row, col = gram.place(tile, RATIO)
+    tl.store(row_ptr + tl.arange(0, BLOCK), row)
+    tl.store(col_ptr + tl.arange(0, BLOCK), col)
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_tile_numbers_cover_the_tiles_of_the_triangle_row_by_row(ratio):
+    for first in (0, 2**24 - 2048, 2**27):  # the last two are beyond where 8 tile + 1 is exact in float32
+        rows, cols = torch.empty(2, 4096, dtype=torch.int32, device=DEVICE)
+        places_kernel[(1,)](rows, cols, first, RATIO=ratio, BLOCK=4096)
+        rows, cols = rows.long(), cols.long()
+        before = torch.stack([(row // ratio) * (row // ratio + 1) // 2 * ratio for row in (rows, rows + 1)])
+        starts = before + torch.stack([row % ratio * (row // ratio + 1) for row in (rows, rows + 1)])
+        numbers = first + torch.arange(4096, device=DEVICE)
+        assert torch.equal(starts[0] + cols, numbers) and (numbers < starts[1]).all()
+        assert (cols >= 0).all() and (cols <= rows // ratio).all()

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 import gfwsvd_kernels
-from gfwsvd_kernels import gram_accumulate, lowrank_linear, quadratic_form, sequence_unit_step, symmetrize
+from gfwsvd_kernels import (
+    gram_accumulate,
+    lowrank_linear,
+    pack,
+    quadratic_form,
+    quadratic_form_scale,
+    sequence_unit_step,
+    symmetrize,
+)
 
 T, D, D_OUT, R = 6, 5, 4, 2
+PACKED, PACKED_OUT = 15, 10  # entries of the triangles of D and D_OUT
 
 
 def zeros(*shape: int, **options: object) -> torch.Tensor:
@@ -22,11 +31,17 @@ def valid_arguments() -> dict[str, list[tuple]]:
     down, up, bias = (torch.randn(*shape, requires_grad=True) for shape in ((R, D), (D_OUT, R), (D_OUT,)))
     cu_seqlens = torch.tensor([0, 2, T])
     return {
-        "gram_accumulate": [(zeros(D, D), x, None, None), (zeros(D, D), x.bfloat16(), torch.rand(T), x.bfloat16())],
-        "quadratic_form": [(x, A), (x.double(), A.double())],
+        "gram_accumulate": [
+            (zeros(D, D), x, None, None),
+            (zeros(D, D), x.bfloat16(), torch.rand(T), x.bfloat16()),
+            (zeros(PACKED), x, None, None),
+        ],
+        "quadratic_form": [(x, A), (x.double(), A.double()), (x, pack(A)), (x.bfloat16(), A.bfloat16())],
+        "quadratic_form_scale": [(x, A, g, 0.5), (x.bfloat16(), pack(A), g.bfloat16().mT.contiguous().mT, 1.0)],
         "sequence_unit_step": [
             (zeros(D_OUT, D_OUT), x, g, A, cu_seqlens),
             (zeros(D_OUT, D_OUT), x, g, None, cu_seqlens),
+            (zeros(PACKED_OUT), x, g, pack(A), cu_seqlens),
         ],
         "lowrank_linear": [(torch.randn(T, D), down, up, bias), (torch.randn(2, 3, D), down, up, None)],
     }
@@ -47,10 +62,11 @@ def test_torch_finds_nothing_wrong_with_the_registration(name, args):
 def test_a_compiled_graph_holds_the_operator_whole_and_gives_the_same(name, args, dynamic):
     op = getattr(gfwsvd_kernels, name)
 
-    def around(*args: torch.Tensor | None) -> torch.Tensor:
-        updated, *rest = (None if arg is None else arg.clone() for arg in args)
+    def around(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, ...]:
+        updated, *rest = (arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         result = op(updated, *rest)
-        return (updated if result is None else result) * 2
+        results = result if isinstance(result, tuple) else (updated if result is None else result,)
+        return tuple(tensor * 2 for tensor in results)
 
     torch._dynamo.reset()
     compiled = torch.compile(around, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -78,15 +94,29 @@ def test_statistics_of_tensors_that_need_gradients_carry_none():
 def test_symmetrize_mirrors_the_lower_triangle():
     lower = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
     assert symmetrize(torch.stack([lower, lower])).tolist() == [[[1.0, 2.0], [2.0, 3.0]]] * 2
-    for wrong in (zeros(2, 3), zeros(2)):
-        with pytest.raises(ValueError, match=re.escape(f"(..., D, D), got {tuple(wrong.shape)}")):
-            symmetrize(wrong)
+    for wrong in ((2, 3), ()):
+        with pytest.raises(ValueError, match=re.escape(f"(..., D, D) or packed, (D (D + 1) / 2,), got {wrong}")):
+            symmetrize(torch.zeros(wrong))
+    with pytest.raises(ValueError, match=re.escape("must have D (D + 1) / 2 elements, got 4")):
+        symmetrize(zeros(4))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 45, 192, 193, 500])
+def test_a_packed_triangle_holds_the_rows_one_after_another_and_becomes_the_same_matrix(width):
+    lower = torch.randn(width, width).masked_fill(torch.ones(width, width, dtype=torch.bool).triu(1), float("nan"))
+    packed = pack(lower)
+    assert torch.equal(packed, torch.cat([lower[i, : i + 1] for i in range(width)]) if width else zeros(0))
+    assert torch.equal(symmetrize(packed), symmetrize(lower))
+    for wrong in (zeros(2, 3), zeros(3), zeros(2, 2, 2)):
+        with pytest.raises(ValueError, match=re.escape(f"lower must be (D, D), got {tuple(wrong.shape)}")):
+            pack(wrong)
 
 
 # The arguments that a case does not replace.
 GOOD = {
     gram_accumulate: {"out": zeros(D, D), "x": zeros(T, D)},
     quadratic_form: {"x": zeros(T, D), "A": zeros(D, D)},
+    quadratic_form_scale: {"x": zeros(T, D), "A": zeros(D, D), "g": zeros(T, D_OUT), "scale": 1.0},
     sequence_unit_step: {
         "out": zeros(D_OUT, D_OUT),
         "x": zeros(T, D),
@@ -117,9 +147,25 @@ BAD = [
     (gram_accumulate, {"weight": -torch.ones(T)}, ValueError, "weight must be non-negative, got a minimum of -1"),
     (gram_accumulate, {"other": zeros(T, 4)}, ValueError, r"other must be \(6, 5\) .* got \(6, 4\)"),
     (gram_accumulate, {"other": zeros(T, D).half()}, TypeError, "other must be .* got .* torch.float16"),
+    (gram_accumulate, {"out": zeros(14)}, ValueError, r"packed out must be \(15,\) .* got \(14,\)"),
+    (gram_accumulate, {"out": zeros(15).half()}, TypeError, "packed out must be .* got .* torch.float16"),
+    (gram_accumulate, {"out": zeros(15, **ELSEWHERE)}, ValueError, "packed out must be .* on cpu, got .* on meta"),
+    (gram_accumulate, {"out": zeros(30)[::2]}, ValueError, "packed out must be contiguous, got stride 2"),
     (quadratic_form, {"x": zeros(2, T, D)}, ValueError, r"x must be 2-dimensional .* got \(2, 6, 5\)"),
     (quadratic_form, {"A": zeros(4, 4)}, ValueError, r"A must be \(5, 5\) .* got \(4, 4\)"),
     (quadratic_form, {"A": zeros(D, D).half()}, TypeError, "A must be .* torch.float32 .* got .* torch.float16"),
+    (quadratic_form, {"x": zeros(T, D).half(), "A": zeros(D, D).bfloat16()}, TypeError, "A must be .* torch.float32"),
+    (quadratic_form, {"A": zeros(16)}, ValueError, r"packed A must be \(15,\) .* got \(16,\)"),
+    (quadratic_form, {"A": zeros(1).expand(15)}, ValueError, "packed A must be contiguous, got stride 0"),
+    (quadratic_form_scale, {"A": zeros(4, 4)}, ValueError, r"A must be \(5, 5\) .* got \(4, 4\)"),
+    (quadratic_form_scale, {"g": zeros(T)}, ValueError, r"g must be 2-dimensional .* got \(6,\)"),
+    (quadratic_form_scale, {"g": zeros(5, D_OUT)}, ValueError, r"g must be \(6, 4\) .* got \(5, 4\)"),
+    (quadratic_form_scale, {"g": zeros(T, D_OUT).half()}, TypeError, "g must be .* got .* torch.float16"),
+    (quadratic_form_scale, {"g": zeros(T, D_OUT, **ELSEWHERE)}, ValueError, "g must be .* on cpu, got .* on meta"),
+    (quadratic_form_scale, {"scale": -1.0}, ValueError, "scale must be non-negative, got -1.0"),
+    (quadratic_form_scale, {"scale": float("nan")}, ValueError, "scale must be non-negative, got nan"),
+    (sequence_unit_step, {"out": zeros(15)}, ValueError, r"packed out must be \(10,\) .* got \(15,\)"),
+    (sequence_unit_step, {"A": zeros(10)}, ValueError, r"packed A must be \(15,\) .* got \(10,\)"),
     (sequence_unit_step, {"x": zeros(T)}, ValueError, "x must be 2-dimensional"),
     (sequence_unit_step, {"g": zeros(T)}, ValueError, "g must be 2-dimensional"),
     (sequence_unit_step, {"g": zeros(5, D_OUT)}, ValueError, r"g must be \(6, 4\) .* got \(5, 4\)"),

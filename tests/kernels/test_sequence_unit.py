@@ -14,7 +14,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from gfwsvd_kernels import reference, sequence, sequence_unit_step, tiles
+from gfwsvd_kernels import pack, reference, sequence, sequence_unit_step, symmetrize, tiles
 
 
 def triton(out: Tensor, x: Tensor, g: Tensor, A: Tensor | None, cu_seqlens: Tensor) -> None:
@@ -67,6 +67,15 @@ def test_the_sum_over_sequences_is_that_of_their_gradients(step, lengths, dtype,
     expected = start.tril() + oracle(x, g, A, cu_seqlens)
     assert_as_good_as(expected, out.tril(), expected)
     assert torch.equal(out.triu(1), start.triu(1))
+
+
+@IMPLEMENTATIONS
+def test_the_metric_and_the_sum_may_be_packed(step):
+    cu_seqlens, A = offsets([3, 0, 16, 31]), positive_semidefinite(21)
+    x, g = torch.randn(50, 21, device=DEVICE), torch.randn(50, 35, device=DEVICE)
+    out = torch.zeros(35 * 36 // 2, device=DEVICE)
+    step(out, x, g, pack(A), cu_seqlens)
+    assert_as_good_as(oracle(x, g, A, cu_seqlens), symmetrize(out).tril(), oracle(x, g, A, cu_seqlens))
 
 
 @IMPLEMENTATIONS
