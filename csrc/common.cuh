@@ -151,6 +151,13 @@ DEVICE void copies_arrive(uint64_t* barrier) {  // once the copies that this thr
 }
 #endif
 
+// Two elements from memory to shared memory, all under way until `copies_wait`; of `bytes` fewer than 4 the rest is 0.
+DEVICE void copy_pair(uint16_t* to, const uint16_t* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+}
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Tensor cores. Lane l gives the address of 8 elements of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(uint32_t (&a)[4], const uint16_t* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -33,18 +33,20 @@ template <class Type>
 DEVICE void finish_block(const Group& group, const Projection& p, int block) {
     const int end = min((block + 1) * OUT_BLOCK, p.d_out);
     const Projection* both = group.projections;
+#pragma unroll 1
     for (int out = block * OUT_BLOCK + thread_index(); out < end; out += CONSUMERS) {
-        for (int first = 0; first < group.num_tokens; first += 4) {
-            float y[4];
+#pragma unroll 1
+        for (int first = 0; first < group.num_tokens; first += FEW_TOKENS) {
+            float y[FEW_TOKENS];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {  // several loads under way at once
+            for (int i = 0; i < FEW_TOKENS; ++i) {  // several loads under way at once
                 const int token = min(first + i, group.num_tokens - 1);
                 y[i] = group.silu_mul ? silu(output<Type>(group, both[0], out, token)) *
                                             output<Type>(group, both[1], out, token)
                                       : output<Type>(group, p, out, token);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < FEW_TOKENS; ++i) {
                 const long long at = static_cast<long long>(first + i) * group.out_width + out;
                 if (first + i < group.num_tokens) group.y[at + (group.silu_mul ? 0 : p.out_start)] = Type::round(y[i]);
             }

@@ -28,7 +28,7 @@ constexpr int WARP_COLS = 64;               // columns of such a stage that one 
 constexpr int TILE = WARPS * WARP_COLS;     // columns of such a stage
 constexpr int HALF_COLS = TILE / 2;         // columns of a stage of twice the rows
 constexpr int STAGE_BYTES = 2 * ROWS * 2 * HALF_COLS + 2 * ROWS * 16;  // either, each row with 16 bytes more
-constexpr int MAX_STAGES = 16, MAX_PROJECTIONS = 8, MAX_CLUSTERS = 256;
+constexpr int MAX_STAGES = 16, MAX_PROJECTIONS = 8, MAX_CLUSTERS = 256, MAX_CLUSTER = 8;
 constexpr int AFTER_HEADER = 16 * MAX_STAGES + 64;  // bytes of shared memory in front, for the struct Shared
 constexpr int PASS_ROWS = 128;  // ranks of a cluster whose z is summed at a time in the persistent launch
 constexpr int WINDOW = 256;     // ranks whose z is in shared memory at a time there

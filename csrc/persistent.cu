@@ -51,11 +51,11 @@ DEVICE void load_window(const Group& group, const Projection& p, int first, int 
     together();  // nobody reads the last window any more
     for (int j = thread_index(); j < count * group.num_tokens; j += CONSUMERS) {
         const int token = j / count, rank = first + j % count * 2;
-        const uint16_t* from = group.z + static_cast<long long>(token) * group.z_width + p.z_column + rank;
-        uint32_t value = rank < end ? load_l2(reinterpret_cast<const uint32_t*>(from)) : 0;
-        if (rank + 1 >= end) value &= 0xffff;
-        *reinterpret_cast<uint32_t*>(window + token * Z_PITCH + j % count * 2) = value;
+        const uint16_t* from = group.z + static_cast<long long>(token) * group.z_width + p.z_column;
+        const int bytes = min(max(end - rank, 0), 2) * 2;  // an odd rank ends in half a pair
+        copy_pair(window + token * Z_PITCH + j % count * 2, from + (bytes ? rank : 0), bytes);
     }
+    copies_wait();
     together();
 }
 
@@ -109,6 +109,7 @@ DEVICE void multiply_up(const Group& group, Ring& ring, const Projection& p, int
 template <class Type>
 DEVICE void store_tile(const Group& group, const Projection& p, Range cols, const float* partial, int other_at) {
     const int quads = cols.size() / 4, step = cluster_size() * CONSUMERS;
+#pragma unroll 1
     for (int i = cluster_rank() * CONSUMERS + thread_index(); i < quads * group.num_tokens; i += step) {
         const int token = i / quads, col = i % quads * 4;
         const float* part = partial + token * Y_PITCH + col;
@@ -157,6 +158,7 @@ DEVICE void compute_z(const Group& group, Ring& ring, Peers& peers, Range ranks,
         multiply_down<Type, TOKEN_TILES>(group, ring, rows, inputs);
         peers.meet();
         const int num_pairs = (rows.size() + ROWS - 1) / ROWS * TOKEN_TILES * PAIRS;
+#pragma unroll 1
         for (int pair = cluster_rank() * CONSUMERS + thread_index(); pair < num_pairs;
              pair += cluster_size() * CONSUMERS) {
             const Place at = place<TOKEN_TILES>(pair);
@@ -186,9 +188,10 @@ DEVICE void compute_y(const Group& group, Ring& ring, Peers& peers, int cluster)
             const Range cols = {col, min(col + group.window_tile, mine.end)};
             if (again) peers.meet();  // the peers have read the last tile
             again = true;
-            multiply_up<Type, TOKEN_TILES>(group, ring, p, cols.size(), partial);
-            if (is_paired(group)) {
-                multiply_up<Type, TOKEN_TILES>(group, ring, group.projections[1], cols.size(), partial + other_at);
+#pragma unroll 1
+            for (int second = 0; second < (is_paired(group) ? 2 : 1); ++second) {
+                const Projection& one = group.projections[i + second];
+                multiply_up<Type, TOKEN_TILES>(group, ring, one, cols.size(), partial + second * other_at);
             }
             peers.meet();
             store_tile<Type>(group, p, cols, partial, other_at);

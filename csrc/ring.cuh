@@ -204,21 +204,19 @@ DEVICE void multiply_down(const Group& group, Ring& ring, Range rows, Range cols
 }
 
 // Sums over all blocks of the cluster, always in the same order.
-DEVICE float2 sum_of_peers(const float2* pair) {
-    float2 sum = make_float2(0, 0);
-    for (int rank = 0; rank < cluster_size(); ++rank) {
-        const float2 part = peer_load(pair, rank);
-        sum.x += part.x;
-        sum.y += part.y;
-    }
-    return sum;
-}
+DEVICE float2 add(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
+DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-DEVICE float4 sum_of_peers(const float4* quad) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int rank = 0; rank < cluster_size(); ++rank) {
-        const float4 part = peer_load(quad, rank);
-        sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+template <class T> DEVICE T sum_of_peers(const T* from) {
+    T parts[MAX_CLUSTER];  // all loads are under way before the first is used
+#pragma unroll
+    for (int rank = 0; rank < MAX_CLUSTER; ++rank) {
+        if (rank < cluster_size()) parts[rank] = peer_load(from, rank);
+    }
+    T sum = parts[0];
+#pragma unroll
+    for (int rank = 1; rank < MAX_CLUSTER; ++rank) {
+        if (rank < cluster_size()) sum = add(sum, parts[rank]);
     }
     return sum;
 }

@@ -295,6 +295,12 @@ inline void copy16(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void copies_arrive(uint64_t* barrier) { advance(barrier, 1, 0); }
 #endif
 
+inline void copy_pair(uint16_t* to, const uint16_t* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 4) throw std::runtime_error("copy: not from a multiple of 4 bytes");
+    for (int i = 0; i < 2; ++i) to[i] = 2 * i < bytes ? from[i] : 0;
+}
+inline void copies_wait() {}
+
 // Global memory. Relaxed atomics order nothing.
 template <class T> T load_l2(const T* pointer) { return *pointer; }
 inline void add_float4(float* to, float4 value) {
