@@ -45,8 +45,8 @@ def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.cons
     else:
         base = first_i.to(tl.int64) * stride_or
         rows = offs_i * stride_or
-    # Above the diagonal -0.0 is added, which changes no number: masking entry by entry would cost a register each and
-    # the vectors. In a packed triangle such an entry is one of a later row.
+    # Above the diagonal -0.0 is added, which changes no normal number: masking by entries would cost registers and the
+    # vectors. In a packed triangle such an entry is one of a later row.
     part = tl.where(first_j + offs_j[None, :] <= first_i + offs_i[:, None], part, -0.0)
     mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
     tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
