@@ -5,6 +5,8 @@ where it is built and takes the group (`extension.fits`), else those in Triton. 
 the BLAS does best, and one pass that finishes them where there is a pivot or an activation.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,9 @@ def matmuls(
     return y.to(x.dtype)
 
 
+_has_extension = cache(extension.available)  # asking costs as much as launching
+
+
 def lowrank_group(
     x: Tensor,
     down: Tensor,
@@ -63,7 +68,7 @@ def lowrank_group(
     else:
         any_order = len(rows) <= FEW_TOKENS and not torch.are_deterministic_algorithms_enabled()
         compiled = "decode" if any_order else "persistent"
-        if x.is_cuda and extension.available(x.device) and extension.fits(compiled, rows, layout):
+        if x.is_cuda and _has_extension(x.device) and extension.fits(compiled, rows, layout):
             y = x.new_empty(len(rows), layout.out_width)
             getattr(extension, compiled)(rows, down, up, bias, table, workspace, layout, y)
         else:
