@@ -16,10 +16,9 @@ from benchmarks import providers as by
 from benchmarks.providers import Call, Inputs, Missing, Provider
 from benchmarks.shapes import GroupCase
 from gfwsvd_kernels import Factors, LowRankGroup
-from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS
+from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS, Operands
 
 Linear = Callable[[Tensor, Tensor], Tensor]
-BUFFERS = ("down", "up", "bias", "table", "workspace")
 
 
 def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -71,7 +70,7 @@ def _whole_up(p: Factors) -> Tensor:
 def _buffers(projections: Sequence[Factors], activation: str | None) -> Inputs:
     """The arguments of the operator and of its single implementations, laid out by the module."""
     group = LowRankGroup(projections, activation=activation)
-    return {name: getattr(group, name) for name in BUFFERS} | {"layout": group.layout, "sizes": group.sizes}
+    return {**group.operands._asdict(), "operands": group.operands, "layout": group.layout, "sizes": group.layout.sizes}
 
 
 def oracle(i: Inputs) -> Tensor:
@@ -156,7 +155,7 @@ def in_triton(name: str, most_tokens: int | None = None) -> Provider:
 
         def call(i: Inputs) -> Tensor:
             _at_most(most_tokens, i)
-            return launch(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"])
+            return launch(i["x"], i["operands"], i["layout"])
 
         return call
 
@@ -178,7 +177,7 @@ def in_cuda(name: str, most_tokens: int) -> Provider:
             if not extension.fits(name, i["x"], i["layout"]):
                 raise Missing("does not take this dtype or these sizes")
             y = i["x"].new_empty(len(i["x"]), i["layout"].out_width)
-            getattr(extension, name)(i["x"], *(i[buffer] for buffer in BUFFERS), i["layout"], y)
+            getattr(extension, name)(i["x"], i["operands"], i["layout"], y)
             return y
 
         return call
@@ -186,7 +185,7 @@ def in_cuda(name: str, most_tokens: int) -> Provider:
     return Provider(load)
 
 
-_OURS = by.ours("decode", "lowrank_group", "x", *BUFFERS, "sizes", "silu_mul")
+_OURS = by.ours("decode", "lowrank_group", "x", *Operands._fields, "sizes", "silu_mul")
 
 
 def _unpivoted(device: torch.device) -> Call:

@@ -6,21 +6,21 @@ the BLAS does best, and one pass that finishes them where there is a pivot or an
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gfwsvd_kernels import extension, tiles
 from gfwsvd_kernels.finish import finish_products
-from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS, Layout
+from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS, Layout, Operands
 from gfwsvd_kernels.persistent import persistent
 from gfwsvd_kernels.split_rank import split_rank
 
 
-def matmuls(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, table: Tensor, workspace: Tensor, layout: Layout
-) -> Tensor:
+def matmuls(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
     """y (T, out_width) of x (T, D_IN) for any number of tokens."""
+    down, up, bias, table, _ = operands
     z = x @ down.mT
     finishes = layout.pivoted or layout.silu_mul
     stored = torch.float32 if finishes and tiles.interpreted_bf16(x) else x.dtype  # it truncates to bfloat16
@@ -49,29 +49,24 @@ _has_extension = cache(extension.available)  # asking costs as much as launching
 
 def lowrank_group(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
-    sizes: list[int],
-    silu_mul: bool,
-    *,
+    *arguments: Any,
     target: tiles.Target | None = None,
 ) -> Tensor:
-    layout = Layout.of(sizes, silu_mul)
+    """Launch; `arguments` are those of the operator after x."""
+    *tensors, sizes, silu_mul = arguments
+    operands, layout = Operands(*tensors), Layout.of(sizes, silu_mul)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if not len(rows):
         y = x.new_empty(0, layout.out_width)
     elif len(rows) > SOME_TOKENS:
-        y = matmuls(rows, down, up, bias, table, workspace, layout)
+        y = matmuls(rows, operands, layout)
     else:
         any_order = len(rows) <= FEW_TOKENS and not torch.are_deterministic_algorithms_enabled()
         compiled = "decode" if any_order else "persistent"
         if x.is_cuda and _has_extension(x.device) and extension.fits(compiled, rows, layout):
             y = x.new_empty(len(rows), layout.out_width)
-            getattr(extension, compiled)(rows, down, up, bias, table, workspace, layout, y)
+            getattr(extension, compiled)(rows, operands, layout, y)
         else:
             launch = split_rank if any_order else persistent
-            y = launch(rows, down, up, bias, table, workspace, layout, target=target)
+            y = launch(rows, operands, layout, target=target)
     return y.view(*x.shape[:-1], layout.out_width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gfwsvd_kernels import layout
-from gfwsvd_kernels.layout import Layout
+from gfwsvd_kernels.layout import Layout, Operands
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -83,11 +83,7 @@ def plan(kernel: str, num_tokens: int, d_in: int, sizes: Layout, **device: int) 
 
 def decode(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     sizes: Layout,
     y: Tensor,
     *,
@@ -96,7 +92,7 @@ def decode(
 ) -> None:
     """y (T, out_width) of x (T, D_IN) with 1 <= T <= 8, in one launch that adds in no fixed order.
 
-    The other tensors are the buffers of a `LowRankGroup` (`layout.py`). `cluster` (1, 2, 4 or 8 blocks; 1 before
+    `operands` and `sizes` are those of a `LowRankGroup`. `cluster` (1, 2, 4 or 8 blocks; 1 before
     compute capability 9.0) and `stages` of the ring are for measurements; 0 is the default. Can be captured in a graph
     once a first call of the same sizes has been made.
 
@@ -105,16 +101,12 @@ def decode(
         TypeError: a dtype other than bfloat16 and float16, or tensors that differ in it.
         ValueError: sizes, strides or alignments that do not fit.
     """
-    _launch("decode", x, down, up, bias, table, workspace, sizes, y, cluster, stages)
+    _launch("decode", x, operands, sizes, y, cluster, stages)
 
 
 def persistent(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     sizes: Layout,
     y: Tensor,
     *,
@@ -122,17 +114,13 @@ def persistent(
     stages: int = 0,
 ) -> None:
     """As `decode`, with 1 <= T <= 64, in one cooperative launch that gives the same bits on every call."""
-    _launch("persistent", x, down, up, bias, table, workspace, sizes, y, cluster, stages)
+    _launch("persistent", x, operands, sizes, y, cluster, stages)
 
 
 def _launch(
     name: str,
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     sizes: Layout,
     y: Tensor,
     cluster: int,
@@ -144,7 +132,7 @@ def _launch(
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         function(
-            **arguments(x, down, up, bias, table, workspace, sizes, y),
+            **arguments(x, operands, sizes, y),
             device=x.device.index,
             stream=stream,
             cluster=cluster,
@@ -154,11 +142,7 @@ def _launch(
 
 def arguments(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     sizes: Layout,
     y: Tensor,
 ) -> dict[str, Any]:
@@ -168,6 +152,7 @@ def arguments(
     if x.ndim != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be (T, D_IN) with contiguous rows, got {tuple(x.shape)}, strides {x.stride()}")
     num_tokens, d_in = x.shape
+    down, up, bias, table, workspace = operands
     _expect("down", down, (sizes.rank, d_in), x.dtype, x)
     _expect("up", up, (sizes.up_numel,), x.dtype, x)
     _expect("y", y, (num_tokens, sizes.out_width), x.dtype, x)

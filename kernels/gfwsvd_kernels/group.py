@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gfwsvd_kernels import layout, tiles
-from gfwsvd_kernels.layout import Layout, Projection
+from gfwsvd_kernels.layout import Layout, Operands, Projection
 from gfwsvd_kernels.ops import lowrank_group
 
 ACTIVATIONS = (None, "silu_mul")
@@ -69,14 +69,17 @@ class LowRankGroup(nn.Module):
         _check(projections, activation)
         first = projections[0].down
         self.d_in, self.activation = first.shape[1], activation
-        self.layout, self.sizes, tensors = _lay_out(projections, activation == "silu_mul")
-        for name, tensor in tensors.items():
+        self.layout, operands = _lay_out(projections, activation == "silu_mul")
+        for name, tensor in operands._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lowrank_group(
-            x, self.down, self.up, self.bias, self.table, self.workspace, self.sizes, self.layout.silu_mul
-        )
+        return lowrank_group(x, self.operands, self.layout)
+
+    @property
+    def operands(self) -> Operands:
+        """The module's tensors as the launchers take them."""
+        return Operands(self.down, self.up, self.bias, self.table, self.workspace)
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)
@@ -84,7 +87,7 @@ class LowRankGroup(nn.Module):
         return f"d_in={self.d_in}, d_out=({widths}), ranks=({ranks}), activation={self.activation}"
 
 
-def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, list[int], dict[str, Tensor | None]]:
+def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, Operands]:
     """The sizes of a group and its tensors, as `layout.py` describes them."""
     device, dtype = projections[0].down.device, projections[0].down.dtype
     blocks = [layout.columns(p.d_out, None if p.pivots is None else p.pivots.cpu()) for p in projections]
@@ -113,14 +116,13 @@ def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, li
     numbers = [number for record in sizes.records() for number in record.values()]
     numbers += [bound for bounds, _ in blocks for bound in bounds]
     sources = [source for _, source in blocks] if sizes.pivoted else []
-    tensors = {
-        "down": torch.cat([p.down.detach() for p in projections]),
-        "up": up,
-        "bias": bias,
-        "table": torch.cat([torch.tensor(numbers, dtype=torch.int32), *sources]).to(device),
-        "workspace": torch.zeros(sizes.workspace_numel, dtype=torch.int32, device=device),
-    }
-    return sizes, sizes.sizes, tensors
+    return sizes, Operands(
+        down=torch.cat([p.down.detach() for p in projections]),
+        up=up,
+        bias=bias,
+        table=torch.cat([torch.tensor(numbers, dtype=torch.int32), *sources]).to(device),
+        workspace=torch.zeros(sizes.workspace_numel, dtype=torch.int32, device=device),
+    )
 
 
 def _check(projections: Sequence[Factors], activation: str | None) -> None:

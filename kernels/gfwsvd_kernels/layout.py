@@ -70,7 +70,7 @@ class Layout:
         width = len(Projection._fields)
         return cls(tuple(Projection(*sizes[i : i + width]) for i in range(0, len(sizes), width)), silu_mul)
 
-    @property
+    @property  # not cached: torch.compile cannot trace the lock of a cached one
     def sizes(self) -> list[int]:
         return [size for projection in self.projections for size in projection]
 
@@ -143,6 +143,16 @@ class Layout:
     def z_start(self) -> int:
         """Where z begins in the workspace, at a multiple of 16 bytes; in the dtype of x, 4 bytes an element at most."""
         return -(-(self.sync_start + self.num_blocks + BARRIERS) // 4) * 4
+
+
+class Operands(NamedTuple):
+    """The tensors of a group, laid out as above."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    table: Tensor
+    workspace: Tensor
 
 
 def columns(d_out: int, pivots: Tensor | None) -> tuple[list[int], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gfwsvd_kernels import reference
-from gfwsvd_kernels.layout import Layout
+from gfwsvd_kernels.layout import Layout, Operands
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_CPU = (*FLOATS, torch.float64)
@@ -133,23 +133,14 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
     return _lowrank_linear(x, down, up, bias)
 
 
-def lowrank_group(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
-    sizes: list[int],
-    silu_mul: bool,
-) -> Tensor:
-    """What a `LowRankGroup` computes of x (..., D_IN); the other arguments are its buffers and sizes (`layout.py`).
+def lowrank_group(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
+    """What a `LowRankGroup` computes of x (..., D_IN); the other arguments are its tensors and sizes (`layout.py`).
 
     Raises:
         TypeError: x of another dtype than the factors.
         ValueError: x of another width, or on another device.
     """
-    arguments = (x, down, up, bias, table, workspace, sizes, silu_mul)
+    arguments = (x, *operands, layout.sizes, layout.silu_mul)
     if not x.is_cuda or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return _lowrank_group(*arguments)
     return _launch(
@@ -262,16 +253,7 @@ def _check_lowrank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
         _expect("bias", bias, (d_out,), x.dtype, x)
 
 
-def _check_group(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
-    sizes: list[int],
-    silu_mul: bool,
-) -> None:
+def _check_group(x: Tensor, down: Tensor, *_: Any) -> None:
     _expect_float("x", x)
     if x.ndim < 1:
         raise ValueError(f"x must be (..., {down.shape[1]}), got a tensor without dimensions")

@@ -26,7 +26,7 @@ from gfwsvd_kernels.finish import (
     finish_blocks,
     workspace_parts,
 )
-from gfwsvd_kernels.layout import Layout
+from gfwsvd_kernels.layout import Layout, Operands
 
 # Programs of an SM, which has to have room for them: one has too few bytes on their way to keep the memory busy.
 PER_SM = {80: 1, 90: 2, 100: 2}
@@ -181,11 +181,7 @@ def persistent_kernel(
 
 def persistent(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     layout: Layout,
     *,
     target: tiles.Target | None = None,
@@ -197,8 +193,8 @@ def persistent(
     stored = torch.float32 if upcast else x.dtype  # the interpreter truncates to bfloat16
     y = torch.empty(num_tokens, layout.out_width, dtype=stored, device=x.device)
     target = target or tiles.target(x.device)
-    tile = tile or tiles.tile("persistent", target, stored, x, down)
-    sums, counters, z = workspace_parts(workspace, layout, stored)
+    tile = tile or tiles.tile("persistent", target, stored, x, operands.down)
+    sums, counters, z = workspace_parts(operands.workspace, layout, stored)
     # Columns of z that a program computes at a time: the fewest that tensor cores take, or twice as many, which read x
     # half as often, where there are enough for all SMs
     ranks, per_sm = 16, PER_SM[target.arch]
@@ -212,10 +208,10 @@ def persistent(
     persistent_kernel[(programs,)](
         y,
         x,
-        down,
-        up,
-        bias,
-        table,
+        operands.down,
+        operands.up,
+        operands.bias,
+        operands.table,
         sums,
         z,
         counters[layout.num_blocks :],
@@ -231,7 +227,7 @@ def persistent(
         BLOCK_R=ranks,
         BLOCK_I=tile.depth,
         BLOCK_O=tile.cols,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=operands.bias is not None,
         PIVOTED=layout.pivoted,
         SILU_MUL=layout.silu_mul,
         UPCAST=upcast,

@@ -28,7 +28,7 @@ from gfwsvd_kernels.finish import (
     projection_of,
     workspace_parts,
 )
-from gfwsvd_kernels.layout import Layout
+from gfwsvd_kernels.layout import Layout, Operands
 
 
 @triton.jit
@@ -134,11 +134,7 @@ def split_rank_kernel(
 
 def split_rank(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
+    operands: Operands,
     layout: Layout,
     *,
     target: tiles.Target | None = None,
@@ -150,18 +146,18 @@ def split_rank(
     stored = torch.float32 if upcast else x.dtype  # the interpreter truncates to bfloat16
     y = torch.empty(num_tokens, layout.out_width, dtype=stored, device=x.device)
     target = target or tiles.target(x.device)
-    tile = tile or tiles.tile("split_rank", target, stored, x, down)
-    sums, counters, z = workspace_parts(workspace, layout, stored)
+    tile = tile or tiles.tile("split_rank", target, stored, x, operands.down)
+    sums, counters, z = workspace_parts(operands.workspace, layout, stored)
     # Fewer wait than fit on the GPU, whatever its size. In the interpreter, which runs one after the other, none does
     finishers = min(layout.num_blocks, layout.num_programs, target.num_sms) if x.device.type != "cpu" else 1
     ranks = max(16, triton.next_power_of_2(max(p.chunk for p in layout.projections)))
     split_rank_kernel[(layout.num_programs,)](
         y,
         x,
-        down,
-        up,
-        bias,
-        table,
+        operands.down,
+        operands.up,
+        operands.bias,
+        operands.table,
         sums,
         counters[layout.num_blocks :],
         z,
@@ -177,7 +173,7 @@ def split_rank(
         BLOCK_R=ranks,
         BLOCK_I=16 * tile.depth // ranks,  # the same bytes in a step, however many ranks they are of
         BLOCK_O=16 * tile.cols // ranks,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=operands.bias is not None,
         PIVOTED=layout.pivoted,
         SILU_MUL=layout.silu_mul,
         UPCAST=upcast,

@@ -195,8 +195,7 @@ def _launch_group(
     group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
     for num_tokens in (layout.FEW_TOKENS, 16, layout.SOME_TOKENS, 1000):
         x = _empty(num_tokens, width, dtype=dtype)
-        buffers = (group.down, group.up, group.bias, group.table, group.workspace)
-        decode.lowrank_group(x, *buffers, group.sizes, group.layout.silu_mul, target=target)
+        decode.lowrank_group(x, *group.operands, group.layout.sizes, group.layout.silu_mul, target=target)
 
 
 def _launch_ones(target: tiles.Target) -> None:

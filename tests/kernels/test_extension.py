@@ -209,14 +209,13 @@ def test_code_runs_where_its_architecture_says():
 def test_the_face_raises_where_there_is_no_gpu_or_no_extension(monkeypatch, module):
     group = LowRankGroup([factors(40, 5, 33, False, False, dtype=torch.bfloat16)])
     x, y = torch.randn(1, 40).bfloat16(), torch.empty(1, 33).bfloat16()
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace)
     assert not extension.available()
     monkeypatch.setattr(extension, "module", lambda: None)
     with pytest.raises(RuntimeError, match="was not built: `make extension`"):
-        extension.decode(x, *buffers, group.layout, y)
+        extension.decode(x, group.operands, group.layout, y)
     monkeypatch.setattr(extension, "module", lambda: module)
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
-        extension.persistent(x, *buffers, group.layout, y)
+        extension.persistent(x, group.operands, group.layout, y)
     assert extension.plan("decode", 1, 40, group.layout)["cluster"] == 4
 
 
@@ -246,18 +245,18 @@ def test_what_fits_is_known_before_a_call(on_small_gpu):
 
 def test_the_face_names_a_tensor_that_does_not_fit():
     group = LowRankGroup([factors(40, 5, 33, False, True, dtype=torch.bfloat16, device="cpu")])
-    right = {name: getattr(group, name) for name in ("down", "up", "bias", "table", "workspace")}
-    right |= {"x": torch.randn(2, 40).bfloat16(), "y": torch.empty(2, 33).bfloat16(), "sizes": group.layout}
+    x, y = torch.randn(2, 40).bfloat16(), torch.empty(2, 33).bfloat16()
+    right = {"x": x, "y": y, "operands": group.operands, "sizes": group.layout}
     extension.arguments(**right)
     wrong = {
-        "x must be one of": {"x": right["x"].float()},
+        "x must be one of": {"x": x.float()},
         r"x must be \(T, D_IN\) with contiguous rows": {"x": torch.randn(40, 2).bfloat16().mT},
-        "down must be torch.bfloat16": {"down": group.down.half()},
-        r"up must be \(200,\)": {"up": group.up[8:]},
-        r"y must be \(2, 33\)": {"y": right["y"][:1]},
-        r"bias must be \(33,\)": {"bias": group.bias[1:]},
-        "table must be torch.int32": {"table": group.table.long()},
-        r"workspace must be .* contiguous": {"workspace": group.workspace[::2]},
+        "down must be torch.bfloat16": {"operands": group.operands._replace(down=group.down.half())},
+        r"up must be \(200,\)": {"operands": group.operands._replace(up=group.up[8:])},
+        r"y must be \(2, 33\)": {"y": y[:1]},
+        r"bias must be \(33,\)": {"operands": group.operands._replace(bias=group.bias[1:])},
+        "table must be torch.int32": {"operands": group.operands._replace(table=group.table.long())},
+        r"workspace must be .* contiguous": {"operands": group.operands._replace(workspace=group.workspace[::2])},
     }
     for message, change in wrong.items():
         with pytest.raises((TypeError, ValueError), match=message):
@@ -293,8 +292,7 @@ def on_cuda(name: str, dtype: torch.dtype):
 
 def run(kernel: str, group: LowRankGroup, x: torch.Tensor, **options) -> torch.Tensor:
     y = x.new_full((x.shape[0], group.layout.out_width), float("nan"))
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace)
-    getattr(extension, kernel)(x, *buffers, group.layout, y, **options)
+    getattr(extension, kernel)(x, group.operands, group.layout, y, **options)
     return y
 
 

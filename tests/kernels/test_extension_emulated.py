@@ -52,9 +52,8 @@ def group_of(name: str, dtype: torch.dtype):
 def call(module, kernel: str, group: LowRankGroup, x: torch.Tensor, *, num_sms: int = 4, seed: int = 0, **options):
     """y, which was NaN before; sums and counters are zero afterwards."""
     y = x.new_full((x.shape[0], group.layout.out_width), float("nan"))
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace)
     module.emulate(num_sms=num_sms, seed=seed)
-    getattr(module, kernel)(**extension.arguments(x, *buffers, group.layout, y), device=0, stream=0, **options)
+    getattr(module, kernel)(**extension.arguments(x, group.operands, group.layout, y), device=0, stream=0, **options)
     assert not group.workspace[: group.layout.z_start].any()
     return y
 
@@ -110,9 +109,8 @@ def test_rows_of_x_may_lie_apart_and_nothing_around_y_is_written(modules, kernel
     x = torch.full((3, 2 * d_in), float("nan")).bfloat16()[:, :d_in].copy_(torch.randn(3, d_in))
     zone = torch.full((5, width // 8 * 8 + 8), 7.0).bfloat16().flatten()
     y = zone[1024 : 1024 + 3 * width].view(3, width)
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace)
     modules[90].emulate(num_sms=4)
-    getattr(modules[90], kernel)(**extension.arguments(x, *buffers, group.layout, y), device=0, stream=0)
+    getattr(modules[90], kernel)(**extension.arguments(x, group.operands, group.layout, y), device=0, stream=0)
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
     assert (zone[:1024] == 7).all() and (zone[1024 + 3 * width :] == 7).all()
 

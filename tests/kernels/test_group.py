@@ -29,7 +29,7 @@ def run(name: str, group: LowRankGroup, x: Tensor) -> Tensor:
     launch, _ = LAUNCHERS[name]
     if launch is None:
         return group(x)
-    return launch(x, group.down, group.up, group.bias, group.table, group.workspace, group.layout)
+    return launch(x, group.operands, group.layout)
 
 
 def inputs(projections: list[Factors], *shape: int) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_number_of_tokens_decides_the_launch(monkeypatch):
         )
     projections, _ = group_of("one", torch.float32)
     group = LowRankGroup(projections)
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace, group.sizes, False)
+    buffers = (*group.operands, group.layout.sizes, False)
     for num_tokens in (1, 8, 9, 64, 65):
         decode.lowrank_group(inputs(projections, num_tokens), *buffers)
     torch.use_deterministic_algorithms(True)
@@ -141,7 +141,7 @@ def test_torch_compile_traces_a_group_in_one_graph_and_the_operator_keeps_the_ru
     x = inputs(projections, 4)
     compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), group(x))
-    buffers = (group.down, group.up, group.bias, group.table, group.workspace, group.sizes, group.layout.silu_mul)
+    buffers = (*group.operands, group.layout.sizes, group.layout.silu_mul)
     torch.library.opcheck(torch.ops.gfwsvd.lowrank_group.default, (x, *buffers))
 
 

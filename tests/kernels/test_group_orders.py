@@ -54,7 +54,7 @@ def added(parts: list[np.ndarray]) -> Tensor:
 
 
 def launch(group: LowRankGroup, x: Tensor) -> Tensor:
-    return split_rank(x, group.down, group.up, group.bias, group.table, group.workspace, group.layout, tile=TILE)
+    return split_rank(x, group.operands, group.layout, tile=TILE)
 
 
 def test_the_kernel_adds_what_the_emulation_adds(group):

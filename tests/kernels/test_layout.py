@@ -41,6 +41,6 @@ def test_slices_of_the_rank_cover_it_and_carry_nearly_the_same_load(num_sms):
 def test_a_layout_comes_back_from_its_sizes():
     projections, activation = group_of("pivoted_gate_up", torch.float32)
     group = LowRankGroup(projections, activation=activation)
-    assert Layout.of(group.sizes, True) == group.layout
+    assert Layout.of(group.layout.sizes, True) == group.layout
     assert group.layout.out_width == 520 and group.layout.rank == 27
     assert group.up.numel() == group.layout.up_numel and group.workspace.numel() == group.layout.workspace_numel
