@@ -28,9 +28,6 @@ from gfwsvd_kernels.finish import (
 )
 from gfwsvd_kernels.layout import Layout, Operands
 
-# Programs of an SM, which has to have room for them: one has too few bytes on their way to keep the memory busy.
-PER_SM = {80: 1, 90: 2, 100: 2}
-
 
 @triton.jit
 def grid_barrier(counters_ptr):
@@ -197,7 +194,7 @@ def persistent(
     sums, counters, z = workspace_parts(operands.workspace, layout, stored)
     # Columns of z that a program computes at a time: the fewest that tensor cores take, or twice as many, which read x
     # half as often, where there are enough for all SMs
-    ranks, per_sm = 16, PER_SM[target.arch]
+    ranks, per_sm = 16, tile.per_sm
     if num_tokens > 16 and layout.rank >= 32 * target.num_sms:
         ranks, per_sm = 32, 1
     sharing = layout.projections[:1] if layout.silu_mul and not layout.pivoted else layout.projections

@@ -193,7 +193,7 @@ def _launch_group(
         torch.arange(rank) if pivoted else None,
     )
     group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
-    for num_tokens in (layout.FEW_TOKENS, 16, layout.SOME_TOKENS, 1000):
+    for num_tokens in (layout.FEW_TOKENS, 16, 32, layout.SOME_TOKENS, 1000):
         x = _empty(num_tokens, width, dtype=dtype)
         decode.lowrank_group(x, *group.operands, group.layout.sizes, group.layout.silu_mul, target=target)
 

@@ -90,8 +90,9 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "persistent": {  # rows: tokens, at least; cols: of up; depth: of x and down, and of z and up
         80: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
-        90: {2: Tile(16, 32, 128, 4, 5), 4: Tile(16, 32, 32, 4, 3)},
-        100: {2: Tile(16, 64, 64, 8, 3), 4: Tile(16, 32, 32, 8, 3)},
+        # One program of an SM would have too few bytes on their way to keep the memory busy
+        90: {2: Tile(16, 32, 128, 4, 5, per_sm=2), 4: Tile(16, 32, 32, 4, 3)},
+        100: {2: Tile(16, 64, 64, 8, 3, per_sm=2), 4: Tile(16, 32, 32, 8, 3)},
     },
 }
 
