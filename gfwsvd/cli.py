@@ -1,7 +1,6 @@
 """The command `gfwsvd`: calibrate, compress, eval, inspect."""
 
 import functools
-import json
 import platform
 import sys
 from collections import Counter
@@ -52,6 +51,7 @@ from .options import (
     Window,
     one_of,
 )
+from .output import print_values
 from .progress import bar
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
@@ -126,7 +126,7 @@ def calibrate_command(
         "settings": statistics.settings,
         "unreached": list(statistics.unreached),
     }
-    _print(summary, json_output)
+    print_values(summary, json_output)
 
 
 @app.command("compress")
@@ -226,7 +226,7 @@ def compress_command(
         from .report import write_report
 
         write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
-    _print(_summary(result, out), json_output)
+    print_values(_summary(result, out), json_output)
 
 
 @app.command("eval")
@@ -248,7 +248,7 @@ def eval_command(
     loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
     tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
     dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
-    _print(evaluate(loaded, tokens, reference=dense, track=bar).to_json(), json_output)
+    print_values(evaluate(loaded, tokens, reference=dense, track=bar).to_json(), json_output)
 
 
 @app.command("sweep")
@@ -293,10 +293,10 @@ def sweep_command(
 
     write_report(out / "report.html", title=f"{name}: quality against size", reports=[], evaluations=rows)
     if json_output:
-        _print({"out": str(out), "rows": rows}, json_output)
+        print_values({"out": str(out), "rows": rows}, json_output)
     else:
         Console().print(comparison(rows))
-        _print({"rows": str(out / "rows.jsonl"), "report": str(out / "report.html")}, json_output)
+        print_values({"rows": str(out / "rows.jsonl"), "report": str(out / "report.html")}, json_output)
 
 
 @app.command("inspect")
@@ -308,7 +308,7 @@ def inspect_command(
     """Show what a compressed model holds: layers, ranks, sizes, and where it comes from."""
     found = inspect_checkpoint(directory)
     if json_output:
-        _print(found, json_output)
+        print_values(found, json_output)
         return
     table = Table(Column("layer", overflow="fold"), "kind", "rank", "stored", "dense", "predicted loss")
     for layer in found["layers"]:
@@ -322,7 +322,7 @@ def inspect_command(
             "" if loss is None else f"{loss:.2e}",
         )
     Console().print(table)
-    _print({key: value for key, value in found.items() if key != "layers"}, json_output)
+    print_values({key: value for key, value in found.items() if key != "layers"}, json_output)
 
 
 def _check_no_calibration(context: typer.Context) -> None:
@@ -367,33 +367,6 @@ def _summary(result: CompressionReport, out: Path) -> dict[str, Any]:
         "predicted_loss": sum(layer.predicted_loss for layer in result.layers) if result.predicts_loss else None,
         "provenance": details["provenance"],
     }
-
-
-def _print(values: dict[str, Any], json_output: bool) -> None:
-    if json_output:
-        print(json.dumps(values, allow_nan=False))
-        return
-    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
-    for key, value in values.items():
-        if value is not None:
-            table.add_row(key.replace("_", " "), _plain(value))
-    Console().print(table)
-
-
-def _plain(value: Any) -> str:
-    match value:
-        case bool() | str():
-            return str(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.5g}"
-        case dict():
-            return ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items())
-        case list():
-            return ", ".join(map(_plain, value)) or "none"
-        case _:
-            return str(value)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ LAYERS = {
     "gfwsvd.figures": 5,
     "gfwsvd.report": 5,
     "gfwsvd.options": 5,
+    "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
     "gfwsvd.cli": 5,
     "gfwsvd.__main__": 5,

@@ -1,0 +1,36 @@
+"""What commands print."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+
+def print_values(values: dict[str, Any], json_output: bool) -> None:
+    """One JSON object on one line, or a table of what is not None."""
+    if json_output:
+        print(json.dumps(values, allow_nan=False))
+        return
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
+    for key, value in values.items():
+        if value is not None:
+            table.add_row(key.replace("_", " "), plain(value))
+    Console().print(table)
+
+
+def plain(value: Any) -> str:
+    """A value in words."""
+    match value:
+        case bool() | str():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.5g}"
+        case dict():
+            return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
+        case list():
+            return ", ".join(map(plain, value)) or "none"
+        case _:
+            return str(value)
