@@ -1,8 +1,6 @@
 """The benchmarks of the kernels: honest counts, a gate that stops wrong results, and every provider run on a CPU."""
 
 import json
-import os
-import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,15 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import measure, model, record, run, tables
+from benchmarks import measure, record, run, tables
 from benchmarks.gate import Gate
 from benchmarks.groups import in_cuda
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.model import H200, Card, predicted
 from benchmarks.providers import Missing, Provider, plain
 from benchmarks.registry import OPS
-from benchmarks.shapes import MODELS, Case, Grid, GroupCase, rank
-from benchmarks.work import TorchWork, Work
+from benchmarks.shapes import MODELS, Case, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPUS = {"quack", "flash_muon", "ours_cuda_decode", "ours_cuda_persistent"}
@@ -181,92 +177,6 @@ def test_a_graph_hides_launches_and_inputs_rotate(monkeypatch, capture_fails, ti
     # ten milliseconds of calls as they are launched, in whole rotations of the eight sets
     assert found.samples == measure.LEAST_SAMPLES and found.calls in (200, 208)
     assert capture_fails or "".join(gpu.seen) == "abcdefgh" * (len(gpu.seen) // 8)
-
-
-# Counted by hand. The lower triangle of width 3 has 6 entries, of width 4 it has 10.
-@pytest.mark.parametrize(
-    ("op", "case", "flops", "num_bytes"),
-    [
-        ("gram_accumulate", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
-        ("gram_accumulate_weighted", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 2 * 4 * 6),
-        ("gram_accumulate_two", Case(2, 3, 3), 2 * 2 * 6, 2 * (2 * 3 * 2) + 2 * 4 * 6),
-        ("gram_accumulate_packed", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 * 6),
-        ("quadratic_form", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6),
-        ("quadratic_form_scale", Case(2, 3, 3), 2 * 2 * 6, 2 * 3 * 2 + 2 * 4 + 4 * 6 + 2 * (2 * 3 * 2)),
-        # xA, (xA) xᵀ, K g, tril(gᵀ e) for two sequences of two tokens
-        (
-            "sequence_unit_step",
-            Case(4, 4, 3, seq_len=2),
-            2 * 2 * (2 * 3 * 3 + 2 * 2 * 3 + 2 * 2 * 4 + 2 * 10),
-            4 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
-        ),
-        # eight tokens at once: G = gᵀ x, G A, tril((G A) Gᵀ) is less work
-        (
-            "sequence_unit_step",
-            Case(8, 4, 3, seq_len=8),
-            2 * (4 * 3 * 8 + 4 * 3 * 3 + 3 * 10),
-            8 * (3 + 4) * 2 + 4 * 6 + 2 * 4 * 10,
-        ),
-        ("lowrank_linear", Case(1, 5, 3, rank=2), 2 * (2 * 3 + 5 * 2), 2 * (2 * 3 + 5 * 2 + 3 + 5)),
-        # two tokens, factors of 2 x 3 + 5 x 2 and 1 x 3 + 4 x 1 entries, outputs side by side
-        (
-            "lowrank_group",
-            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=False, silu_mul=False),
-            2 * 2 * (16 + 7),
-            2 * (16 + 7 + 2 * 3 + 2 * 9),
-        ),
-        # factors of 2 x 3 + 5 x 2 and 1 x 3 + 5 x 1 entries, one output
-        (
-            "lowrank_group",
-            GroupCase(2, "gate_up", 3, (5, 5), (2, 1), pivoted=False, silu_mul=True),
-            2 * 2 * (16 + 8),
-            2 * (16 + 8 + 2 * 3 + 2 * 5),
-        ),
-        # two of the five outputs and one of the four are entries of z: 3 x 2 and 3 x 1 entries of up are left
-        (
-            "lowrank_group_pivoted",
-            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=True, silu_mul=False),
-            2 * 2 * (2 * 3 + 3 * 2 + 1 * 3 + 3 * 1),
-            2 * (12 + 6 + 2 * 3 + 2 * 9),
-        ),
-    ],
-)
-def test_work_is_what_a_hand_counts(op, case, flops, num_bytes):
-    assert (OPS[op].flops(case), OPS[op].bytes(case, 2)) == (flops, num_bytes)
-
-
-def test_the_last_sequence_may_be_shorter():
-    flops = OPS["sequence_unit_step"].flops
-    assert flops(Case(5, 4, 3, seq_len=2)) == 2 * flops(Case(2, 4, 3, seq_len=2)) + flops(Case(1, 4, 3, seq_len=1))
-
-
-def test_ranks_follow_the_uniform_rule_in_multiples_of_sixteen():
-    assert rank(4096, 4096, 0.8) == 1632 and rank(14336, 4096, 0.5) == 1584
-    for d_out, d_in in Grid(MODELS["qwen3-8b"], [1]).shapes():
-        for keep in (0.8, 0.7, 0.5):
-            found = rank(d_out, d_in, keep)
-            assert found % 16 == 0 and 0 <= keep - found * (d_out + d_in) / (d_out * d_in) < 0.03
-
-
-def test_the_rank_of_a_pivoted_layer_is_the_largest_of_its_stored_size():
-    assert rank(4096, 4096, 0.8, pivoted=True) == 2256  # 4096 (1 - sqrt(0.2)) is 2264.2
-    for d_out, d_in in Grid(MODELS["llama-3.1-8b"], [1]).shapes():
-        for keep in (0.8, 0.7, 0.5):
-            found, budget = rank(d_out, d_in, keep, pivoted=True), keep * d_in * d_out
-            assert found % 16 == 0 and found > rank(d_out, d_in, keep)
-            assert found * (d_in + d_out - found) <= budget < (found + 16) * (d_in + d_out - found - 16)
-
-
-def test_groups_are_the_layers_that_read_one_input():
-    layers = [layer for model in ("llama-3.1-8b", "qwen3-8b", "mistral-7b") for layer in MODELS[model]]
-    assert Grid(layers, [1]).groups() == [
-        ("qkv", 4096, (4096, 1024, 1024)),
-        ("o", 4096, (4096,)),
-        ("gate_up", 4096, (14336, 14336)),
-        ("down", 14336, (4096,)),
-        ("gate_up", 4096, (12288, 12288)),
-        ("down", 12288, (4096,)),
-    ]
 
 
 def forgets_out(i):
@@ -474,73 +384,3 @@ def test_every_headline_case_is_among_the_default_ones():
     layers = MODELS["llama-3.1-8b"]
     for op, spec in OPS.items():
         assert spec.headlines and {*spec.headlines} <= {*spec.cases(Grid(layers, spec.tokens))}, op
-
-
-def test_a_prediction_takes_the_longest_of_its_terms():
-    card = Card(num_sms=100, half_tflops=1e3, hbm_gbs=1e3, l2_gbs=1e4, latency_us=1.0, launch_us=1.0)
-    work = Work(blocks=150, flops=10**10, half=True, dram_bytes=10**6, l2_bytes=10**6, step_bytes=10**5)
-    # 10 µs of arithmetic, on 150 of the 200 places that two rounds over 100 SMs have
-    assert predicted(work, 1, 3, card) == ("compute", pytest.approx(10 / 0.75 + 1))
-    few = Work(blocks=1, flops=0, half=True, dram_bytes=10**6, l2_bytes=0, step_bytes=10**5)
-    # one block has 2 x 10⁵ bytes on their way at any time: 5 µs for a million
-    assert predicted(few, 1, 3, card) == ("latency", pytest.approx(5 + 1))
-
-
-def test_what_torch_launches_is_counted_from_sizes():
-    x, weight, y = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 64), (32, 64), (8, 48)))
-    with TorchWork(H200.num_sms) as by_torch:
-        torch.mm(x, weight.mT, out=y[:, :32])
-        torch.nn.functional.silu(y.view(2, 4, 48))
-    (mm, product), (silu, pointwise) = by_torch.found
-    assert (mm, product.flops, product.dram_bytes) == ("mm", 2 * 8 * 64 * 32, 2 * (8 * 64 + 32 * 64 + 8 * 32))
-    assert (silu, pointwise.flops, pointwise.dram_bytes) == ("silu", 0, 2 * 2 * 8 * 48)
-
-
-def test_break_even_is_the_largest_keep_that_is_faster(monkeypatch):
-    def predictions(op, case, dtype, compiled, provider="ours"):
-        weights = case.num_weights if provider == "ours" else 0.7 * sum(case.d_outs) * case.d_in
-        return [model.Prediction("", 0, 0, 0, 0.0, "", weights * case.tokens)]
-
-    monkeypatch.setattr(model, "predictions", predictions)
-    lines = model.break_even("lowrank_group", MODELS["llama-3.1-8b"], [1, 8], torch.bfloat16)
-    assert [line[1] for line in lines[:2]] == ["qkv 4096->4096+1024+1024", "o 4096->4096"]
-    # ranks are rounded down: a little more than 0.7 of the weights can still be below it
-    assert len(lines) == 8 and all(0.7 <= float(line[4]) <= 0.72 for line in lines)
-
-
-MODELLED = ["--tokens", "8192", "--keep", "0.8", "--seq-len", "512"]
-MODELLED_FEW = ["--op", "lowrank_group_pivoted", "--tokens", "8", "64", "--keep", "0.8"]
-
-
-@pytest.fixture(scope="module")
-def modelled(tmp_path_factory):
-    """Lines of cells of the model's output, with one measured row to show."""
-    folder = tmp_path_factory.mktemp("model")
-    row = {"op": "quadratic_form", "shape": "D=1024 T=8192", "dtype": "bf16", "provider": "ours", "status": "ok"}
-    for gpu, us in (("NVIDIA H200", 50.0), (None, 7.0)):
-        record.append(folder / "r.jsonl", row | {"gpu": gpu, "us_p50": us})
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_CACHE_DIR": str(folder / "triton")}
-    runs = [[*MODELLED, "--results", str(folder / "r.jsonl")], MODELLED_FEW]
-    command = [sys.executable, "-c", f"from benchmarks import model; print(*map(model.main, {runs}))"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("0 0\n"), done.stderr
-    return done.stdout.splitlines()
-
-
-def test_no_prediction_is_below_the_floor(modelled):
-    assert modelled[0].startswith("Predicted, not measured")
-    lines = [line for line in modelled if line.startswith(tuple(OPS))]
-    for line in lines:
-        cells = [cell for cell in line.split("  ") if cell]
-        floor, prediction = map(float, cells[11:13])
-        assert prediction > floor > 0, line
-    many, few = (Grid(MODELS["llama-3.1-8b"], tokens, [0.8], [512]) for tokens in ([8192], [8, 64]))
-    expected = sum(len(list(spec.cases(many))) for spec in OPS.values())
-    assert len(lines) == expected + len(list(OPS["lowrank_group_pivoted"].cases(few)))
-
-
-def test_measured_times_stand_beside_predictions_only_where_the_card_was_that_one(modelled):
-    (line,) = [line for line in modelled if line.startswith("quadratic_form ") and "D=1024 T=8192" in line]
-    prediction, measured, ratio = map(float, line.split()[-3:])
-    assert measured == 50 and ratio == pytest.approx(50 / prediction, rel=0.01)
