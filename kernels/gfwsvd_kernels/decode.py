@@ -47,11 +47,7 @@ def matmuls(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
 _has_extension = cache(extension.available)  # asking costs as much as launching
 
 
-def lowrank_group(
-    x: Tensor,
-    *arguments: Any,
-    target: tiles.Target | None = None,
-) -> Tensor:
+def lowrank_group(x: Tensor, *arguments: Any, target: tiles.Target | None = None) -> Tensor:
     """Launch; `arguments` are those of the operator after x."""
     *tensors, sizes, silu_mul = arguments
     operands, layout = Operands(*tensors), Layout.of(sizes, silu_mul)
