@@ -206,7 +206,7 @@ def test_a_compiled_graph_runs_the_kernels():
 
 @pytest.mark.parametrize("case", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 33, 64, 65, 500])
+@pytest.mark.parametrize("num_tokens", [1, 7, 12, 64, 65])
 def test_a_group_agrees_with_float64_call_after_call(case, dtype, num_tokens):
     projections, activation = group_of(case, dtype)
     group = LowRankGroup(projections, activation=activation)
