@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from .checks import check_tokens, is_causal
 from .errors import GfwsvdError
 from .hooks import frozen, watch
+from .kronecker import Sweep
 from .layers import dense_weight, find_linears, fingerprint
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import (
     LABELS,
     UNITS,
     LayerStatistics,
-    Sweep,
     accumulate_inputs,
     accumulate_outputs,
     clip_tokens,
     power_of_two_scale,
+    sequences,
 )
 
 CLIP = 3.0
+HELDOUT_SHARE = 16  # one sequence of so many is held out
+HELDOUT_TOKENS = 512  # most tokens of them to keep of each layer
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -46,9 +49,10 @@ class Statistics:
     Attributes:
         layers: by module name.
         collected: which of "inputs", "gradients", "kronecker" they hold.
-        settings: unit, labels, sweeps, clip and seed of the Kronecker factors.
+        settings: unit, labels, sweeps, online, clip, seed and start of the Kronecker factors.
         num_losses: loss terms (predicted tokens) of one pass.
         num_sequences: sequences of one pass.
+        num_heldout: sequences that were kept out of all sums.
         data_sha256: of the calibration batches.
         model_sha256: of the layers' weights (`layers.fingerprint`).
         unreached: linear layers that no input came to.
@@ -60,6 +64,7 @@ class Statistics:
     settings: dict[str, Any]
     num_losses: int = 0
     num_sequences: int = 0
+    num_heldout: int = 0
     data_sha256: str = ""
     model_sha256: str = ""
     unreached: tuple[str, ...] = ()
@@ -74,13 +79,17 @@ def calibrate(
     unit: str = "token",
     labels: str = "empirical",
     sweeps: int = 1,
+    tolerance: float = 0.0,
+    online: bool = False,
     clip: float = CLIP,
     seed: int = 0,
+    heldout: int | None = None,
+    start: Statistics | None = None,
     exclude: Iterable[str] = (),
     loss: Loss | None = None,
     track: Track = silent,
 ) -> Statistics:
-    """Collects the statistics of every linear layer of `model` in `sweeps` passes over `batches`.
+    """Collects the statistics of every linear layer of `model` in up to `sweeps` passes over `batches`.
 
     No gradient outlives the backward pass of its layer. The model is left as it was, whatever happens.
 
@@ -89,9 +98,15 @@ def calibrate(
             takes, (B, S) first; a 0 in "attention_mask" (B, S) keeps a position out of all statistics.
         collect: "inputs" (one forward pass), "gradients" (one backward pass), "kronecker" (`sweeps` passes).
         unit: the Fisher's gradient sample: "token", "sequence" or "batch".
+        tolerance: stop before `sweeps` passes once no layer's `convergence` is above it.
+        online: within a pass, weigh samples by the factors of the samples before them, in place of the last pass's.
         clip: in the Kronecker factors, the gradient of a token counts at most `clip` times the median of its sequence;
             0 for no limit.
         labels: "empirical" takes the data's next tokens, "sampled" draws them from the model's own distribution.
+        heldout: of the last sequences, how many to keep out of all sums; up to 512 of their tokens are stored, by which
+            `compress` tells whether a layer's metrics hold for text they have not seen. Default: one of 16, where
+            gradients are collected.
+        start: earlier statistics whose Kronecker factors the power iteration goes on from, in place of the identity.
         exclude: regular expressions; a layer whose name one of them matches is not collected.
         loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy.
         track: wraps the batches of each pass to show progress.
@@ -102,7 +117,7 @@ def calibrate(
             none for a model that predicts no next tokens.
     """
     collect = frozenset(collect)
-    check_settings(unit, labels, sweeps, clip)
+    check_settings(unit, labels, sweeps, clip, tolerance)
     if not collect <= {INPUTS, GRADIENTS, KRONECKER}:
         raise GfwsvdError(f"collect must be among inputs, gradients, kronecker, got {', '.join(sorted(collect))}")
     if labels == "sampled" and loss is not None:
@@ -117,7 +132,10 @@ def calibrate(
     for batch in batches:
         if "input_ids" in batch:
             check_tokens(model, batch["input_ids"])
-    settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed}
+    backward = bool(collect & {GRADIENTS, KRONECKER})
+    batches, heldout_batches = _hold_out(batches, heldout if heldout is not None or backward else 0)
+    settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance, "online": online}
+    settings |= {"clip": clip, "seed": seed, "start": None if start is None else start.data_sha256}
     run = loss or (_forward if collect == {INPUTS} else _causal_lm_loss(labels, seed))
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
@@ -129,14 +147,21 @@ def calibrate(
             {name: LayerStatistics(*_sizes(module)) for name, module in reached.items()},
             collected=collect,
             settings=settings,
-            data_sha256=data_sha256(batches),
+            num_heldout=sum(_num_rows(batch) for batch in heldout_batches),
+            data_sha256=data_sha256([*batches, *heldout_batches]),
             model_sha256=fingerprint(reached),
             unreached=tuple(name for name in linears if name not in leaders),
         )
+        if start is not None:
+            _start_from(statistics, start)
         collector = _Collector(model, reached, leaders, statistics, run)
         passes = sweeps if KRONECKER in collect else 1
         for number in range(passes):
             collector.run_pass(batches, number, passes, track)
+            turns = [stats.convergence[-1] for stats in statistics.layers.values() if stats.convergence]
+            if turns and max(turns) <= tolerance:
+                break
+        collector.hold_out(heldout_batches, track)
         collector.finish()
     return statistics
 
@@ -145,7 +170,7 @@ def data_sha256(batches: Iterable[Batch]) -> str:
     """A digest of the names, shapes and values of all tensors of `batches`, whatever their split into batches."""
     digest = hashlib.sha256()
     for batch in batches:
-        for row in range(_first_tensor(batch).shape[0]):
+        for row in range(_num_rows(batch)):
             for name in sorted(batch):
                 value = batch[name][row].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -153,7 +178,7 @@ def data_sha256(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def check_settings(unit: str, labels: str, sweeps: int, clip: float) -> None:
+def check_settings(unit: str, labels: str, sweeps: int, clip: float, tolerance: float = 0.0) -> None:
     """Raises GfwsvdError unless these are settings that `calibrate` takes."""
     if unit not in UNITS:
         raise GfwsvdError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -163,6 +188,38 @@ def check_settings(unit: str, labels: str, sweeps: int, clip: float) -> None:
         raise GfwsvdError(f"sweeps must be at least 1, got {sweeps}")
     if not 0 <= clip < float("inf"):
         raise GfwsvdError(f"clip must be a number of medians, or 0 for no limit, got {clip}")
+    if not 0 <= tolerance <= 1:
+        raise GfwsvdError(f"tolerance must be the sine of an angle, 0 to 1, got {tolerance}")
+
+
+def _hold_out(batches: Sequence[Batch], heldout: int | None) -> tuple[list[Batch], list[Batch]]:
+    """The batches without the last `heldout` sequences, and these."""
+    total = sum(map(_num_rows, batches))
+    count = total // HELDOUT_SHARE if heldout is None else heldout
+    if not 0 <= count < total:
+        raise GfwsvdError(f"heldout must be from 0 to less than the {total} sequences there are, got {heldout}")
+    kept: list[Batch] = []
+    held: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        first = total - count - seen  # of the held-out rows of this batch
+        seen += _num_rows(batch)
+        for part, rows in ((kept, slice(0, max(first, 0))), (held, slice(max(first, 0), None))):
+            if _num_rows(chosen := {name: value[rows] for name, value in batch.items()}):
+                part.append(chosen)
+    return kept, held
+
+
+def _start_from(statistics: Statistics, start: Statistics) -> None:
+    """Gives the layers the Kronecker factors of earlier statistics; GfwsvdError unless these have all of them."""
+    for name, stats in statistics.layers.items():
+        found = start.layers.get(name)
+        if found is None or found.left is None or (found.d_in, found.d_out) != (stats.d_in, stats.d_out):
+            raise GfwsvdError(
+                f"the statistics to start from have no Kronecker factors of layer {name} of weight "
+                f"{(stats.d_out, stats.d_in)}: they belong to another model, or to a method that collects none"
+            )
+        stats.left, stats.right = found.left, found.right
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -170,8 +227,8 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
-def _first_tensor(batch: Batch) -> Tensor:
-    return next(iter(batch.values()))
+def _num_rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
 
 
 def _to_device(batch: Batch, model: nn.Module) -> Batch:
@@ -245,7 +302,7 @@ class _Collector:
         self.model, self.linears, self.leaders, self.statistics, self.loss = model, linears, leaders, statistics, loss
         self.collected = statistics.collected
         self.mask: Tensor | None = None  # (B, S) of the batch in flight, None without padding
-        self.num_sequences = 0
+        self.num_sequences = self.num_losses = 0  # of the batch in flight
         self.sweeps: dict[str, Sweep] = {}
         self.sketches: dict[str, Any] = {}
         self.first_pass = True
@@ -255,9 +312,14 @@ class _Collector:
         began = time.perf_counter()
         self.first_pass = number == 0
         if KRONECKER in self.collected:
-            unit = self.statistics.settings["unit"]
+            settings = self.statistics.settings
             self.sweeps = {
-                name: Sweep(stats, unit=unit, sketch_seed=index if self.first_pass else None)
+                name: Sweep(
+                    stats,
+                    unit=settings["unit"],
+                    online=settings["online"],
+                    sketch_seed=index if self.first_pass else None,
+                )
                 for index, (name, stats) in enumerate(self.statistics.layers.items())
             }
         backward = bool(self.collected & {GRADIENTS, KRONECKER})
@@ -265,6 +327,9 @@ class _Collector:
         with watch(self.linears, on_input=self._see_input, **callbacks), torch.set_grad_enabled(backward):
             for batch in track(batches, f"calibration pass {number + 1} of {passes}"):
                 self._run_batch(_to_device(batch, self.model), backward=backward)
+                if self.first_pass:
+                    self.statistics.num_losses += self.num_losses
+                    self.statistics.num_sequences += self.num_sequences
         unseen = [name for name, stats in self.statistics.layers.items() if not stats.gradient_scale]
         if backward and unseen:
             raise GfwsvdError(
@@ -276,18 +341,41 @@ class _Collector:
                 self.sketches[name] = sketch
         self.statistics.seconds += (time.perf_counter() - began,)
 
+    def hold_out(self, batches: Sequence[Batch], track: Track) -> None:
+        """Keeps some tokens of each layer of sequences that are in no sum."""
+        if not batches:
+            return
+        rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.linears}
+        quota = max(1, HELDOUT_TOKENS // self.statistics.num_heldout)
+
+        def keep(name: str, x: Tensor, g: Tensor) -> None:
+            x, g, offsets = self._scaled_rows(name, x, g)
+            for part in sequences(offsets):
+                step = -(-(part.stop - part.start) // quota)
+                chosen = slice(part.start + step // 2, part.stop, step)
+                rows[name].append((x[chosen].bfloat16(), g[chosen].bfloat16()))
+
+        with watch(self.linears, on_input=self._see_input, on_gradient=keep):
+            for batch in track(batches, "held-out tokens"):
+                self._run_batch(_to_device(batch, self.model), backward=True)
+        for name, stats in self.statistics.layers.items():
+            stats.heldout_x, stats.heldout_g = (torch.cat(parts) for parts in zip(*rows[name], strict=True))
+
     def finish(self) -> None:
         """What can only be said once all passes are done."""
         layers = self.statistics.layers
         for name, sketch in self.sketches.items():
             layers[name].kronecker_residual = sketch.residual(layers[name])
         for name, leader in self.leaders.items():
-            layers[name].input_moment, layers[name].input_abs = layers[leader].input_moment, layers[leader].input_abs
+            for shared in ("input_moment", "input_abs", "heldout_x"):
+                setattr(layers[name], shared, getattr(layers[leader], shared))
+            if (parts := layers[leader].squared_parts.get("input_moment")) is not None:
+                layers[name].squared_parts["input_moment"] = parts
 
     def _run_batch(self, batch: Batch, *, backward: bool) -> None:
         mask = batch.get("attention_mask")
         self.mask = mask.bool() if mask is not None and not mask.bool().all() else None
-        self.num_sequences = _first_tensor(batch).shape[0]
+        self.num_sequences = _num_rows(batch)
         if backward:
             losses = self.loss(self.model, batch)
             if not isinstance(losses, Tensor) or not losses.requires_grad or losses.numel() == 0:
@@ -298,21 +386,30 @@ class _Collector:
             total = losses.sum()
             if not torch.isfinite(total):
                 raise GfwsvdError("the calibration loss is NaN or inf; check the batch's text and the model's weights")
-            if self.first_pass:
-                self.statistics.num_losses += losses.numel()
+            self.num_losses = losses.numel()
             total.backward()
         else:
             self.loss(self.model, batch)
-        if self.first_pass:
-            self.statistics.num_sequences += self.num_sequences
 
     def _see_input(self, name: str, x: Tensor) -> None:
         if not _is_finite(x):
             raise GfwsvdError(f"the activations that enter layer {name} hold NaN or inf; expected finite numbers")
         if not torch.is_grad_enabled() and not self.collected & {GRADIENTS, KRONECKER}:
-            self._add_input(name, self._rows(name, x)[0])
+            self._add_input(name, *self._rows(name, x))
 
     def _see_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
+        stats = self.statistics.layers[name]
+        x, g, offsets = self._scaled_rows(name, x, g)
+        if self.first_pass:
+            self._add_input(name, x, offsets)
+            if GRADIENTS in self.collected:
+                accumulate_outputs(stats, x, g, offsets)
+        if KRONECKER in self.collected:
+            clip = self.statistics.settings["clip"]
+            self.sweeps[name].accumulate(x, clip_tokens(x, g, offsets, clip=clip), offsets)
+
+    def _scaled_rows(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of inputs and of scaled gradients that are no padding, and the offsets of their sequences."""
         if not _is_finite(g):
             raise GfwsvdError(f"the gradients that leave layer {name} hold NaN or inf; expected finite numbers")
         stats = self.statistics.layers[name]
@@ -320,20 +417,14 @@ class _Collector:
         g, _ = self._rows(name, g)
         if not stats.gradient_scale and g.any():  # zeros say nothing of the scale of what may follow
             stats.gradient_scale = power_of_two_scale(g)
-        g = g * (stats.gradient_scale or 1.0)
-        if self.first_pass:
-            self._add_input(name, x)
-            if GRADIENTS in self.collected:
-                accumulate_outputs(stats, x, g)
-        if KRONECKER in self.collected:
-            clip = self.statistics.settings["clip"]
-            self.sweeps[name].accumulate(x, clip_tokens(x, g, offsets, clip=clip), offsets)
+        return x, g * (stats.gradient_scale or 1.0), offsets
 
-    def _add_input(self, name: str, x: Tensor) -> None:
+    def _add_input(self, name: str, x: Tensor, offsets: Tensor) -> None:
         stats = self.statistics.layers[name]
         stats.num_tokens += x.shape[0]
+        stats.num_parts += len(sequences(offsets))
         if INPUTS in self.collected and self.leaders[name] == name:
-            accumulate_inputs(stats, x)
+            accumulate_inputs(stats, x, offsets)
 
     def _rows(self, name: str, values: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a layer's tensor that are no padding, (T, D), and the offsets of their sequences."""

@@ -97,8 +97,20 @@ def calibrate_command(
     unit: Unit = "token",
     labels: Labels = "empirical",
     sweeps: Sweeps = 1,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="stop sweeping once no layer's right factor turns by more (a sine)")
+    ] = 0.0,
+    online: Annotated[
+        bool, typer.Option("--online", help="within a sweep, weigh samples by the factors of those before them")
+    ] = False,
     clip: Clip = CLIP,
     seed: Seed = 0,
+    heldout: Annotated[
+        int | None, typer.Option("--heldout", min=0, help="sequences to judge the metrics by; default: one of 16")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", metavar="DIR", help="statistics whose Kronecker factors to go on from")
+    ] = None,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -106,15 +118,28 @@ def calibrate_command(
     json_output: Json = False,
 ) -> None:
     """Collect the statistics of a model's layers once, for all methods and ratios."""
-    check_settings(unit, labels, sweeps, clip)
+    check_settings(unit, labels, sweeps, clip, tolerance)
     _check_dtype(dtype)
+    begun = None if start is None else load_statistics(start)[0]
     check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
     batches = sources.token_batches(
         sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
     )
     statistics = calibrate(
-        loaded, batches, unit=unit, labels=labels, sweeps=sweeps, clip=clip, seed=seed, exclude=exclude, track=bar
+        loaded,
+        batches,
+        unit=unit,
+        labels=labels,
+        sweeps=sweeps,
+        tolerance=tolerance,
+        online=online,
+        clip=clip,
+        seed=seed,
+        heldout=heldout,
+        start=begun,
+        exclude=exclude,
+        track=bar,
     )
     provenance = _provenance(name, text, sequences, seq_len)
     save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
@@ -122,6 +147,8 @@ def calibrate_command(
         "stats": str(stats),
         "layers": len(statistics.layers),
         "tokens": sequences * seq_len,
+        "heldout_sequences": statistics.num_heldout,
+        "sweeps": len(statistics.seconds),
         "seconds": sum(statistics.seconds),
         "settings": statistics.settings,
         "unreached": list(statistics.unreached),
@@ -153,6 +180,9 @@ def compress_command(
     damping: Annotated[
         float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
     ] = DAMPING,
+    guard: Annotated[
+        bool, typer.Option("--guard/--no-guard", help="judge each layer's metrics by the statistics' held-out tokens")
+    ] = True,
     stats: Annotated[
         Path | None, typer.Option("--stats", metavar="DIR", help="statistics of an earlier gfwsvd calibrate")
     ] = None,
@@ -209,6 +239,7 @@ def compress_command(
         rank_multiple=rank_multiple,
         storage=storage,
         damping=damping,
+        guard=guard,
         statistics=statistics,
         unit=unit,
         labels=labels,

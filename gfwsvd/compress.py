@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import pivot
 from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
-from .factorize import decompose
+from .guard import chosen_metrics, judged_decomposition
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from .methods import KRONECKER, Method, method_named
 from .metrics import Metric, objective
@@ -34,6 +34,9 @@ class LayerReport:
         stored, dense: numbers stored now and before, biases aside.
         predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
         rounding_loss: what the rounding of the stored numbers to half precision adds to it; None in other dtypes.
+        metrics: which of `guard.CHOICES` the layer was factored by.
+        heldout_losses: objective of each choice by held-out tokens, at the rank of uniform ranks, in nats per token;
+            empty where nothing was compared.
         damping_left, damping_right: added to the diagonals of the metrics, relative to their means.
         condition_left, condition_right: of the damped metrics, estimated.
         convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
@@ -50,6 +53,8 @@ class LayerReport:
     dense: int
     predicted_loss: float = 0.0
     rounding_loss: float | None = None
+    metrics: str = ""
+    heldout_losses: dict[str, float] = field(default_factory=dict)
     damping_left: float | None = None
     damping_right: float | None = None
     condition_left: float | None = None
@@ -81,6 +86,7 @@ class CompressionReport:
     rank_multiple: int
     storage: str
     damping: float
+    guard: bool
     stored: int
     dense: int
     model_stored: int
@@ -113,6 +119,7 @@ def compress(
     rank_multiple: int = RANK_MULTIPLE,
     storage: str = "pivoted",
     damping: float = DAMPING,
+    guard: bool = True,
     statistics: Statistics | None = None,
     unit: str = "token",
     labels: str = "empirical",
@@ -135,6 +142,8 @@ def compress(
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
         damping: added to each metric's diagonal, relative to its mean.
+        guard: where a method weighs both sides and the statistics have held-out tokens, factor each layer by whichever
+            of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
         unit, labels, sweeps, clip, seed, exclude, loss: see `calibrate`.
         track: wraps long loops to show progress.
@@ -169,7 +178,9 @@ def compress(
     began = time.perf_counter()
     linears = _checked_linears(model, statistics, row)
     solutions = {
-        name: _solve(name, linears[name], statistics, row, damping=damping, pivoted=storage == "pivoted")
+        name: _solve(
+            name, linears[name], statistics, row, keep=keep, damping=damping, guard=guard, pivoted=storage == "pivoted"
+        )
         for name in track(list(linears), f"{method}: {len(linears)} layers")
     }
     candidates = {name: solution.candidate for name, solution in solutions.items()}
@@ -177,7 +188,9 @@ def compress(
     model_dense = _numbers(model)
     low_rank = [(name, rank) for name, rank in chosen.items() if rank is not None]
     layers = {
-        name: _low_rank(linears[name], solutions[name], rank, rank_multiple, _metrics(statistics, name, row))
+        name: _low_rank(
+            linears[name], solutions[name], rank, rank_multiple, _metrics(statistics, name, row, solutions[name])
+        )
         for name, rank in track(low_rank, f"{method}: {len(low_rank)} low-rank layers")
     }
     for name, (layer, _) in layers.items():
@@ -195,6 +208,7 @@ def compress(
         rank_multiple=rank_multiple,
         storage=storage,
         damping=damping,
+        guard=guard,
         stored=stored,
         dense=dense,
         model_stored=_numbers(model),
@@ -241,34 +255,58 @@ class _Solution(NamedTuple):
 
     `up` and `down` have the largest rank that stores less than the weight; any lower rank is the first part of them.
     They are in the weight's dtype, but at least float32 for a pivoted form, which is made of their product.
-    `soundness` holds the report's fields on damping and condition.
+    `soundness` holds the report's fields on metrics, damping and condition.
     """
 
     candidate: Candidate
     up: Tensor
     down: Tensor
-    soundness: dict[str, float]
+    soundness: dict[str, Any]
 
 
 def _solve(
-    name: str, module: nn.Module, statistics: Statistics, row: Method, *, damping: float, pivoted: bool
+    name: str,
+    module: nn.Module,
+    statistics: Statistics,
+    row: Method,
+    *,
+    keep: float,
+    damping: float,
+    guard: bool,
+    pivoted: bool,
 ) -> _Solution:
     stats, weight = statistics.layers[name], dense_weight(module)
-    found = decompose(weight, *_metrics(statistics, name, row), damping=damping, name=name)
-    candidate = Candidate(stats.d_out, stats.d_in, found.spectrum.cpu(), pivoted)
+    size = Candidate(stats.d_out, stats.d_in, torch.empty(0), pivoted)
+    judged = judged_decomposition(
+        weight,
+        _metrics(statistics, name, row),
+        stats,
+        row,
+        rank=size.largest_within(int(keep * size.dense)),
+        damping=damping,
+        guard=guard,
+        name=name,
+    )
+    found = judged.found
+    candidate = replace(size, spectrum=found.spectrum.cpu())
     up, down = found.factors(weight, candidate.largest_rank)
     soundness = {
         f"{what}_{side}": getattr(root, what)
         for side, root in (("left", found.left), ("right", found.right))
         for what in ("damping", "condition")
     }
+    soundness |= {"metrics": judged.choice, "heldout_losses": judged.losses}
     dtype = torch.promote_types(weight.dtype, torch.float32) if pivoted else weight.dtype
     return _Solution(candidate, up.to(dtype), down.to(dtype), soundness)
 
 
-def _metrics(statistics: Statistics, name: str, row: Method) -> tuple[Metric, Metric]:
+def _metrics(
+    statistics: Statistics, name: str, row: Method, solution: _Solution | None = None
+) -> tuple[Metric, Metric]:
+    """The metrics of a layer, or those that its solution chose."""
     stats = statistics.layers[name]
-    return row.left(stats, statistics.num_losses), row.right(stats)
+    metrics = row.left(stats, statistics.num_losses), row.right(stats)
+    return metrics if solution is None else chosen_metrics(solution.soundness["metrics"], metrics, stats, row)
 
 
 def _low_rank(

@@ -23,6 +23,7 @@ class Method:
     Attributes:
         needs: which of INPUTS, GRADIENTS, KRONECKER its metrics are made of.
         left, right: the metrics of a layer's statistics; `left` takes the number of loss terms too.
+        matrices: the statistics that `left` and `right` are, where these are full matrices.
         predicts_loss: whether the objective is in nats per predicted token.
         source: where the method comes from.
     """
@@ -33,6 +34,7 @@ class Method:
     right: Callable[[LayerStatistics], Metric]
     predicts_loss: bool
     source: str
+    matrices: tuple[str | None, str | None] = (None, None)
 
 
 def _identity(*_: object) -> None:
@@ -83,9 +85,33 @@ METHODS = {
         Method("svd", frozenset(), _identity, _identity, False, "Eckart and Young, 1936"),
         Method("fwsvd", frozenset({GRADIENTS}), _fisher_rows, _identity, True, "Hsu et al., ICLR 2022"),
         Method("asvd", frozenset({INPUTS}), _identity, _input_abs, False, "arXiv 2312.05821"),
-        Method("svd_llm", frozenset({INPUTS}), _identity, _input_moment, False, "ICLR 2025, arXiv 2403.07378"),
-        Method("kfac", frozenset({INPUTS, GRADIENTS}), _output_moment, _input_moment, True, "arXiv 1503.05671"),
-        Method("gfwsvd", frozenset({KRONECKER}), _fisher_left, _fisher_right, True, "arXiv 2505.17974"),
+        Method(
+            "svd_llm",
+            frozenset({INPUTS}),
+            _identity,
+            _input_moment,
+            False,
+            "ICLR 2025, arXiv 2403.07378",
+            (None, "input_moment"),
+        ),
+        Method(
+            "kfac",
+            frozenset({INPUTS, GRADIENTS}),
+            _output_moment,
+            _input_moment,
+            True,
+            "arXiv 1503.05671",
+            ("output_moment", "input_moment"),
+        ),
+        Method(
+            "gfwsvd",
+            frozenset({KRONECKER}),
+            _fisher_left,
+            _fisher_right,
+            True,
+            "arXiv 2505.17974",
+            ("left", "right"),
+        ),
     )
 }
 

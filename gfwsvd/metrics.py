@@ -38,6 +38,18 @@ def mean_diagonal(metric: Metric) -> float:
     return (metric if metric.dim() == 1 else metric.diagonal()).double().mean().item()
 
 
+def shrinkage(metric: Tensor, noise: float) -> float:
+    """The share of the identity in that mixture of a matrix (D, D) and the identity, of the same trace, which has the
+    least expected squared distance to the truth (Ledoit and Wolf, 2004).
+
+    Args:
+        noise: expected squared distance of `metric` to the truth, as a share of its own squared norm.
+    """
+    energy = inner(metric, metric)
+    around_sphere = energy - metric.shape[0] * mean_diagonal(metric) ** 2
+    return min(noise * energy / around_sphere, 1.0) if around_sphere > 0 else 1.0
+
+
 def multiply(metric: Metric, matrix: Tensor) -> Tensor:
     """`metric @ matrix`, in the dtype of `matrix`."""
     if metric is None:

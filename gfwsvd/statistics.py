@@ -1,13 +1,8 @@
 """Statistics of one layer: what calibration accumulates from its inputs and output gradients, batch by batch.
 
 `x (T, D_IN)` are a layer's inputs and `g (T, D_OUT)` the gradients of the summed loss with respect to its outputs; the
-gradient of one sample i (a token, a sequence or a batch: the Fisher unit) is `G_i = sum_t g_t x_tᵀ`. The nearest
-Kronecker product `left ⊗ right` to `sum_i vec(G_i) vec(G_i)ᵀ` is found by power iteration, without ever forming G:
-
-    left <- sum_i G_i right G_iᵀ        right <- sum_i G_iᵀ left G_i
-
-From the identity, both stay positive semi-definite with the right sign. One sweep is one pass over the data that
-updates both from the previous pair.
+gradient of one sample i (a token, a sequence or a batch: the Fisher unit) is `G_i = sum_t g_t x_tᵀ`. Its Kronecker
+factors come from `kronecker.py`.
 """
 
 import math
@@ -16,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step
+from gfwsvd_kernels import gram_accumulate
 
-from .metrics import inner, kronecker_residual, norm
+from .metrics import norm
 
 UNITS = ("token", "sequence", "batch")
 LABELS = ("empirical", "sampled")
-PROBES = 32  # of the sketch that estimates the Kronecker fit residual
+_PROBES = 8  # by which the squared norms of the parts of a sum are estimated
 
 
 @dataclass
@@ -42,6 +37,10 @@ class LayerStatistics:
         gradient_scale: the power of two that gradients were multiplied by, which keeps fourth orders in range.
         convergence: per sweep, the sine of the angle by which the right factor turned.
         kronecker_residual: share of the Fisher block's energy that the fit misses (an unbiased sketch estimates it).
+        num_parts: sequences, of which each adds a part to every matrix.
+        squared_parts: by matrix, the sum of the squared Frobenius norms of its parts; random probes estimate it.
+        heldout_x, heldout_g: inputs (M, D_IN) and scaled gradients (M, D_OUT), bfloat16, of tokens of sequences that
+            count in nothing above; layers with the same input share one tensor.
     """
 
     d_in: int
@@ -58,6 +57,21 @@ class LayerStatistics:
     gradient_scale: float = 0.0
     convergence: list[float] = field(default_factory=list)
     kronecker_residual: float | None = None
+    num_parts: int = 0
+    squared_parts: dict[str, float] = field(default_factory=dict)
+    heldout_x: Tensor | None = None
+    heldout_g: Tensor | None = None
+
+    def noise(self, matrix: str) -> float | None:
+        """The share of the squared norm of a matrix that is chance: the variance of a sum of independent parts.
+
+        None where fewer than two parts are known.
+        """
+        if self.num_parts < 2 or matrix not in self.squared_parts:
+            return None
+        energy = norm(getattr(self, matrix)) ** 2
+        excess = self.squared_parts[matrix] - energy / self.num_parts
+        return max(0.0, excess * self.num_parts / (self.num_parts - 1) / energy) if energy else 0.0
 
 
 def power_of_two_scale(g: Tensor) -> float:
@@ -90,111 +104,56 @@ def _row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
 
-def accumulate_inputs(stats: LayerStatistics, x: Tensor) -> None:
-    """Adds a batch of inputs `x (T, D_IN)` to `input_abs` and `input_moment`."""
+def accumulate_inputs(stats: LayerStatistics, x: Tensor, cu_seqlens: Tensor) -> None:
+    """Adds a batch of inputs `x (T, D_IN)`, with offsets of sequences (N + 1,), to `input_abs` and `input_moment`."""
     if stats.input_moment is None or stats.input_abs is None:
         stats.input_moment = x.new_zeros(stats.d_in, stats.d_in, dtype=torch.float32)
         stats.input_abs = x.new_zeros(stats.d_in, dtype=torch.float32)
     gram_accumulate(stats.input_moment, x)
     stats.input_abs += x.abs().sum(0, dtype=torch.float32)
+    add_parts(stats.squared_parts, "input_moment", gram_parts(x, cu_seqlens))
 
 
-def accumulate_outputs(stats: LayerStatistics, x: Tensor, g: Tensor) -> None:
-    """Adds a batch of inputs `x (T, D_IN)` and scaled gradients `g (T, D_OUT)` to `output_moment` and `fisher_rows`."""
+def accumulate_outputs(stats: LayerStatistics, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
+    """Adds a batch of inputs `x (T, D_IN)` and scaled gradients `g (T, D_OUT)`, with offsets of sequences (N + 1,), to
+    `output_moment` and `fisher_rows`."""
     if stats.output_moment is None or stats.fisher_rows is None:
         stats.output_moment = g.new_zeros(stats.d_out, stats.d_out, dtype=torch.float32)
         stats.fisher_rows = g.new_zeros(stats.d_out, dtype=torch.float32)
     gram_accumulate(stats.output_moment, g)
-    stats.fisher_rows += _token_weights(x, None) @ g.float().square()
+    stats.fisher_rows += squared_norms(x) @ g.float().square()
+    add_parts(stats.squared_parts, "output_moment", gram_parts(g, cu_seqlens))
 
 
-class Sweep:
-    """One pass of the power iteration for one layer: reads the layer's factors, accumulates their successors."""
-
-    def __init__(self, stats: LayerStatistics, *, unit: str, sketch_seed: int | None = None) -> None:
-        """With `sketch_seed`, also sketches the Fisher block, for the fit residual."""
-        self.stats, self.unit = stats, unit
-        self.left: Tensor | None = None
-        self.right: Tensor | None = None
-        self.scales: tuple[float, ...] = ()  # bring token weights near one, which half-precision operands need
-        self.sketch = _Sketch(stats, sketch_seed) if sketch_seed is not None else None
-
-    def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
-        """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,)."""
-        if self.left is None or self.right is None:
-            self.left = x.new_zeros(self.stats.d_out, self.stats.d_out, dtype=torch.float32)
-            self.right = x.new_zeros(self.stats.d_in, self.stats.d_in, dtype=torch.float32)
-        if self.unit == "token":
-            weights = _token_weights(x, self.stats.right), _token_weights(g, self.stats.left)
-            self.scales = self.scales or tuple(power_of_two_scale(weight.sqrt()) ** 2 for weight in weights)
-            gram_accumulate(self.left, g, weight=weights[0] * self.scales[0])
-            gram_accumulate(self.right, x, weight=weights[1] * self.scales[1])
-        else:
-            offsets = cu_seqlens if self.unit == "sequence" else cu_seqlens[[0, -1]]
-            sequence_unit_step(self.left, x, g, self.stats.right, offsets)
-            sequence_unit_step(self.right, g, x, self.stats.left, offsets)
-        if self.sketch is not None:
-            self.sketch.accumulate(x, g, None if self.unit == "token" else offsets)
-
-    def finish(self) -> "_Sketch | None":
-        """Makes the accumulated factors the layer's; returns the sketch, whose fit the last sweep's factors decide."""
-        stats = self.stats
-        if self.left is None or self.right is None:
-            return None
-        scales = self.scales or (1.0, 1.0)
-        sizes = norm(self.left), norm(self.right)
-        if min(sizes) > 0:
-            self.left /= sizes[0]
-            self.right /= sizes[1]
-        grown = sizes[0] / scales[0], sizes[1] / scales[1]
-        if stats.right is None:  # the start was the identity, whose own fit is the trace
-            stats.trace = self.left.diagonal().sum(dtype=torch.float64).item() * grown[0]
-            stats.scale = grown[0] * grown[1] / stats.trace if stats.trace else 0.0
-            cosine = self.right.diagonal().sum(dtype=torch.float64).item() / stats.d_in**0.5
-        else:
-            stats.scale = math.sqrt(grown[0] * grown[1])
-            cosine = inner(self.right, stats.right)
-        stats.convergence.append(math.sqrt(max(0.0, 1.0 - cosine**2)))
-        stats.left, stats.right = self.left, self.right
-        return self.sketch
+def squared_norms(rows: Tensor) -> Tensor:
+    """Of each row, (T,) float32."""
+    return rows.float().square().sum(-1)
 
 
-def _token_weights(rows: Tensor, metric: Tensor | None) -> Tensor:
-    """`row metric rowᵀ` of each row, (T,) float32."""
-    if metric is None:
-        return rows.float().square().sum(-1)
-    return quadratic_form(rows, metric).clamp_(min=0)  # rounding may take a zero below zero
+def add_parts(sums: dict[str, float], matrix: str, squared: float) -> None:
+    sums[matrix] = sums.get(matrix, 0.0) + squared
 
 
-class _Sketch:
-    """`sum_i (v'_kᵀ G_i u_j)(v_kᵀ G_i u'_j)` for Gaussian probes u, u', v, v': see `metrics.kronecker_residual`."""
+def gram_parts(rows: Tensor, cu_seqlens: Tensor, weight: Tensor | None = None) -> float:
+    """The sum over sequences of `||rows_sᵀ diag(weight_s) rows_s||²`, estimated."""
+    projected = rows.float() @ part_probes(rows)
+    if weight is not None:
+        projected *= weight[:, None]
+    return sum(part_energy(rows[part].float().T @ projected[part]) for part in sequences(cu_seqlens))
 
-    def __init__(self, stats: LayerStatistics, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs = torch.randn(2, stats.d_in, PROBES, generator=generator)
-        self.outputs = torch.randn(2, stats.d_out, PROBES, generator=generator)
-        self.total = torch.zeros(PROBES, PROBES, dtype=torch.float64)
 
-    def accumulate(self, x: Tensor, g: Tensor, offsets: Tensor | None) -> None:
-        self.inputs, self.outputs = self.inputs.to(x.device), self.outputs.to(x.device)
-        self.total = self.total.to(x.device)
-        x_probes = x.float() @ self.inputs  # (2, T, PROBES)
-        g_probes = g.float() @ self.outputs
-        if offsets is None:
-            self.total += ((g_probes[0] * g_probes[1]).T @ (x_probes[0] * x_probes[1])).double()
-            return
-        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            first, second = (g_probes[:, start:stop].mT @ x_probes[:, start:stop]).unbind()
-            self.total += (first * second).double()
+def part_energy(product: Tensor) -> float:
+    """The squared Frobenius norm of a symmetric M, estimated from its product with `part_probes`."""
+    return product.square().sum(dtype=torch.float64).item() / _PROBES
 
-    def residual(self, stats: LayerStatistics) -> float:
-        """The fit residual of the layer's present factors."""
-        assert stats.left is not None and stats.right is not None
 
-        def probe(metric: Tensor, probes: Tensor) -> Tensor:
-            full = metric.tril() + metric.tril(-1).T
-            return (probes[0] * (full @ probes[1])).sum(0)
+def part_probes(rows: Tensor) -> Tensor:
+    """Gaussian probes for rows (T, D), (D, _PROBES), the same at every call."""
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    return torch.randn(rows.shape[1], _PROBES, generator=generator).to(rows.device)
 
-        return kronecker_residual(
-            self.total, stats.scale, probe(stats.left, self.outputs), probe(stats.right, self.inputs)
-        )
+
+def sequences(cu_seqlens: Tensor) -> list[slice]:
+    """The rows of each sequence, empty ones left out."""
+    bounds = cu_seqlens.tolist()
+    return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if start < stop]

@@ -1,7 +1,8 @@
 """The statistics directory: what calibration collected, to be reused for other methods and ratios.
 
 It holds `statistics.json` (settings, digests of model, data, tensors and itself, the numbers of each layer) and
-`statistics.safetensors`: symmetric matrices as packed lower triangles, row by row, float32.
+`statistics.safetensors`: symmetric matrices as packed lower triangles, row by row, and vectors, float32; tokens held
+out, bfloat16.
 """
 
 import os
@@ -29,13 +30,15 @@ from .folders import (
 )
 from .statistics import LayerStatistics
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 JSON_NAME, TENSORS_NAME = "statistics.json", "statistics.safetensors"
 
 _TRIANGLES = {"input_moment": "d_in", "output_moment": "d_out", "left": "d_out", "right": "d_in"}
 _VECTORS = {"input_abs": "d_in", "fisher_rows": "d_out"}
+_ROWS = {"heldout_x": "d_in", "heldout_g": "d_out"}
+_TENSORS = _TRIANGLES | _VECTORS | _ROWS
 _PLAIN = [field.name for field in fields(Statistics) if field.name not in ("layers", "collected")]
-_NUMBERS = [field.name for field in fields(LayerStatistics) if field.name not in (*_TRIANGLES, *_VECTORS)]
+_NUMBERS = [field.name for field in fields(LayerStatistics) if field.name not in _TENSORS]
 
 
 def pack(lower: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def save_statistics(
     layers: dict[str, dict[str, Any]] = {}
     for name, stats in statistics.layers.items():
         stored = {}
-        for field in (*_TRIANGLES, *_VECTORS):
+        for field in _TENSORS:
             if (value := getattr(stats, field)) is not None:
                 key = stored[field] = owners.setdefault(id(value), f"{name}.{field}")
                 if key not in tensors:
@@ -134,7 +137,7 @@ def _restore(
     if key not in shared:
         value = tensors[key]
         shared[key] = unpack(value, entry[_TRIANGLES[field]]) if field in _TRIANGLES else value
-    size = entry[(_TRIANGLES | _VECTORS)[field]]
-    if shared[key].shape[0] != size or not torch.isfinite(shared[key]).all():
+    size = entry[_TENSORS[field]]
+    if shared[key].shape[-1] != size or not torch.isfinite(shared[key]).all():
         raise GfwsvdError(f"{TENSORS_NAME}: {key} should be finite and of size {size}; calibrate again")
     return shared[key]

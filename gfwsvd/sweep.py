@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .calibration import Statistics, Track, silent
-from .compress import CompressionReport, compress
+from .compress import DAMPING, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .logits import ReferenceLogits
@@ -25,16 +25,23 @@ from .ranks import check_keep, check_ranks, check_storage
 
 @dataclass(frozen=True)
 class Run:
-    """What to compress: a method, a way to allocate ranks, a ratio, and how low-rank layers are stored."""
+    """What to compress, as `compress` takes it: a method, a way to allocate ranks, a ratio, and so on."""
 
     method: str
     ranks: str
     keep: float
     storage: str = "pivoted"
+    damping: float = DAMPING
+    guard: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {self.ranks} ranks{', two factors' if self.storage == 'factors' else ''}"
+        marks = {
+            "two factors": self.storage == "factors",
+            f"damping {self.damping}": self.damping != DAMPING,
+            "no guard": not self.guard,
+        }
+        return ", ".join((self.method, f"{self.ranks} ranks", *(mark for mark, is_on in marks.items() if is_on)))
 
 
 def all_runs(
@@ -142,7 +149,7 @@ def _run_of(row: Mapping[str, Any]) -> Run | None:
     """The run that a row is of; None for the dense model."""
     if row["method"] == "dense":
         return None
-    return Run(row["method"], row["ranks"], row["keep"], row["storage"])
+    return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
 def _append(rows_file: Path, row: dict[str, Any]) -> dict[str, Any]:

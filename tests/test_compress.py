@@ -93,7 +93,7 @@ def test_the_report_counts_what_the_model_holds(method, ranks, storage, statisti
 def test_the_predicted_loss_of_a_layer_is_the_objective_of_its_error(method, statistics):
     model, row = tiny_model("llama"), METHODS[method]
     weights = {name: dense_weight(module) for name, module in find_linears(tiny_model("llama")).items()}
-    report = compress(model, method=method, keep=0.5, rank_multiple=2, statistics=statistics, damping=0.0)
+    report = compress(model, method=method, keep=0.5, rank_multiple=2, statistics=statistics, damping=0.0, guard=False)
     for layer in report.layers:
         if layer.kind == "dense":
             assert layer.predicted_loss == 0 and layer.rank is None and layer.reason
@@ -106,7 +106,7 @@ def test_the_predicted_loss_of_a_layer_is_the_objective_of_its_error(method, sta
 
 
 def test_the_report_holds_how_sound_the_numbers_are(statistics):
-    report = compress(tiny_model("llama"), keep=0.7, statistics=statistics, damping=0.03)
+    report = compress(tiny_model("llama"), keep=0.7, statistics=statistics, damping=0.03, guard=False)
     for layer in report.layers:
         assert layer.damping_left == layer.damping_right == 0.03
         assert 1 < layer.condition_left < 1e3 and 1 < layer.condition_right < 1e3

@@ -6,9 +6,29 @@ import pytest
 import torch
 from oracles import gradient_samples, kronecker_tokens, nan_above, nearest_kronecker, psd, rearranged, symmetric
 
-from gfwsvd.metrics import inner, kronecker_residual, mean_diagonal, multiply, norm, objective, symmetrize
+from gfwsvd.metrics import inner, kronecker_residual, mean_diagonal, multiply, norm, objective, shrinkage, symmetrize
 
 D_OUT, D_IN = 5, 7
+
+
+def test_shrinkage_is_the_share_of_the_identity_with_the_least_expected_distance_to_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    truth = psd(6, rank=6)
+    root = torch.linalg.cholesky(truth + 1e-9 * torch.eye(6))
+    draws = root @ torch.randn(2000, 6, 20, dtype=torch.float64, generator=generator)
+    found = draws @ draws.mT / 20
+    noise = (found - truth).square().sum((1, 2)).mean()
+    spheres = found.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(6)
+    shares = torch.linspace(0, 1, 101, dtype=torch.float64)
+    distances = [((1 - s) * found + s * spheres - truth).square().sum((1, 2)).mean() for s in shares]
+    chosen = [shrinkage(matrix, (noise / matrix.square().sum()).item()) for matrix in found[:300]]
+    assert sum(chosen) / len(chosen) == pytest.approx(shares[torch.stack(distances).argmin()].item(), abs=0.05)
+
+
+def test_shrinkage_of_pure_chance_and_of_the_identity_leaves_the_identity():
+    assert shrinkage(psd(5), 1.0) == 1
+    assert shrinkage(torch.eye(5), 0.0) == 1
+    assert shrinkage(psd(5), 0.0) == 0
 
 
 def test_symmetrize_reads_the_lower_triangle_alone():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracles import gradient_samples, kronecker_tokens, nearest_kronecker, power_sweeps, rearranged, symmetric
 
+from gfwsvd.kronecker import Sweep
 from gfwsvd.statistics import (
     UNITS,
     LayerStatistics,
-    Sweep,
     accumulate_inputs,
     accumulate_outputs,
     clip_tokens,
@@ -95,7 +95,7 @@ def test_fisher_rows_are_the_sums_of_squared_gradients_of_the_weight_rows():
     x, g = _tokens()
     stats = LayerStatistics(D_IN, D_OUT)
     for rows in (slice(0, 13), slice(13, 40)):
-        accumulate_outputs(stats, x[rows], g[rows])
+        accumulate_outputs(stats, x[rows], g[rows], torch.tensor([0, len(x[rows])]))
     expected = gradient_samples(x, g, OFFSETS, "token").square().sum((0, 2))
     torch.testing.assert_close(stats.fisher_rows.double(), expected, rtol=1e-5, atol=0)
 
@@ -155,8 +155,8 @@ def test_where_the_fisher_block_is_exactly_kronecker_it_is_kfac(parts, sweeps):
     x, g, left, right = kronecker_tokens(D_OUT, D_IN)
     x, g = x.float(), g.float()
     stats = _swept(x, g, unit="token", sweeps=sweeps, offsets=torch.arange(len(x) + 1), parts=parts, sketch_seed=0)
-    accumulate_inputs(stats, x)
-    accumulate_outputs(stats, x, g)
+    accumulate_inputs(stats, x, OFFSETS)
+    accumulate_outputs(stats, x, g, OFFSETS)
     kfac = torch.kron(symmetric(stats.output_moment), symmetric(stats.input_moment)) / len(x)
     gfwsvd = stats.scale * torch.kron(symmetric(stats.left), symmetric(stats.right))
     torch.testing.assert_close(gfwsvd, torch.kron(left, right), rtol=1e-4, atol=1e-3)
@@ -234,11 +234,109 @@ def test_moments_are_plain_sums_over_tokens():
     x, g = _tokens()
     stats = LayerStatistics(D_IN, D_OUT)
     for part in (slice(0, 13), slice(13, 40)):
-        accumulate_inputs(stats, x[part])
-        accumulate_outputs(stats, x[part], g[part])
+        offsets = torch.tensor([0, 4, len(x[part])])
+        accumulate_inputs(stats, x[part], offsets)
+        accumulate_outputs(stats, x[part], g[part], offsets)
     torch.testing.assert_close(symmetric(stats.input_moment), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(symmetric(stats.output_moment), g.double().T @ g.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(stats.input_abs.double(), x.double().abs().sum(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_noise_of_a_matrix_is_the_variance_of_a_sum_of_its_sequences(unit):
+    """On average over probes of the estimate, here over many widths of the same tokens with zeros beside."""
+    x, g = _tokens()
+    offsets = OFFSETS if unit != "batch" else OFFSETS[[0, -1]]
+    spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    samples = [x[a:b].double().T @ g[a:b].double() for a, b in spans if a < b]
+    exact = {
+        "input_moment": [x[a:b].double().T @ x[a:b].double() for a, b in spans if a < b],
+        "right": [
+            sum(torch.outer(row, row) * (out @ out) for row, out in zip(x[a:b].double(), g[a:b].double(), strict=True))
+            for a, b in spans
+            if a < b
+        ]
+        if unit == "token"
+        else [sample @ sample.T for sample in samples],
+    }
+    found = {name: [] for name in exact}
+    for extra in range(200):
+        wide = torch.cat((x, torch.zeros(len(x), extra)), 1)
+        stats = _swept(wide, g, unit=unit, sweeps=1, offsets=offsets)
+        accumulate_inputs(stats, wide, offsets)
+        energy = sum(exact["right"]).norm() ** 2  # the factor has norm one
+        found["input_moment"].append(stats.squared_parts["input_moment"])
+        found["right"].append(stats.squared_parts["right"] * energy.item())
+    for name, parts in exact.items():
+        expected = sum(part.norm() ** 2 for part in parts).item()
+        estimates = torch.tensor(found[name], dtype=torch.float64)
+        standard_error = estimates.std().item() / len(estimates) ** 0.5
+        assert standard_error < 0.05 * expected
+        assert abs(estimates.mean().item() - expected) < 4 * standard_error, name
+
+
+def test_noise_is_zero_where_all_sequences_are_the_same_and_one_over_their_number_where_they_share_nothing():
+    stats = LayerStatistics(4, 4, input_moment=4 * torch.eye(4), num_parts=4, squared_parts={"input_moment": 4 * 4.0})
+    assert stats.noise("input_moment") == 0
+    stats = LayerStatistics(4, 4, input_moment=torch.eye(4), num_parts=4, squared_parts={"input_moment": 4 * 1.0})
+    assert stats.noise("input_moment") == pytest.approx(1)  # each part a square of its own: all of it is chance
+    assert stats.noise("right") is None
+    assert (
+        LayerStatistics(4, 4, input_moment=torch.eye(4), num_parts=1, squared_parts={"input_moment": 4}).noise(
+            "input_moment"
+        )
+        is None
+    )
+
+
+def test_a_warm_start_goes_on_where_the_earlier_sweeps_ended():
+    x, g = _tokens()
+    cold = _swept(x, g, unit="token", sweeps=3)
+    begun = _swept(x, g, unit="token", sweeps=2)
+    stats = LayerStatistics(D_IN, D_OUT, left=begun.left, right=begun.right)
+    sweep = Sweep(stats, unit="token")
+    sweep.accumulate(x, g, OFFSETS)
+    sweep.finish()
+    torch.testing.assert_close(stats.left, cold.left, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stats.right, cold.right, rtol=0, atol=1e-6)
+    assert stats.trace == pytest.approx(cold.trace, rel=1e-6)
+    assert stats.scale == pytest.approx(cold.scale, rel=1e-5)
+    assert stats.convergence == pytest.approx(cold.convergence[-1:], rel=1e-2)
+
+
+def test_online_weighs_by_what_came_before_anew_whenever_the_tokens_have_doubled():
+    x, g = _tokens()
+    stats = LayerStatistics(D_IN, D_OUT)
+    sweep = Sweep(stats, unit="token", online=True)
+    left, right = torch.zeros(D_OUT, D_OUT).double(), torch.zeros(D_IN, D_IN).double()
+    weigh_left, weigh_right = torch.eye(D_OUT).double(), torch.eye(D_IN).double()
+    for start, stop, renews in ((0, 10, False), (10, 20, True), (20, 25, True), (25, 40, False)):
+        if renews:
+            weigh_left, weigh_right = (m * len(m) ** 0.5 / m.norm() for m in (left, right))
+        part, grad = x[start:stop].double(), g[start:stop].double()
+        left += torch.einsum("ti,ij,tj,ta,tb->ab", part, weigh_right, part, grad, grad)
+        right += torch.einsum("ta,ab,tb,ti,tj->ij", grad, weigh_left, grad, part, part)
+        sweep.accumulate(x[start:stop], g[start:stop], torch.tensor([0, stop - start]))
+    sweep.finish()
+    torch.testing.assert_close(symmetric(stats.left), left / left.norm(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(symmetric(stats.right), right / right.norm(), rtol=0, atol=1e-5)
+
+
+def test_online_the_scale_is_that_of_the_best_fit_by_its_factors():
+    x, g = _tokens()
+    samples = gradient_samples(x, g, OFFSETS, "token")
+    scales = []
+    for seed in range(200):
+        stats = LayerStatistics(D_IN, D_OUT)
+        sweep = Sweep(stats, unit="token", online=True, sketch_seed=seed)
+        for chunk in _chunks(x, g, OFFSETS, 4):
+            sweep.accumulate(*chunk)
+        sweep.finish()
+        scales.append(stats.scale)
+    left, right = symmetric(stats.left), symmetric(stats.right)
+    expected = torch.einsum("nac,nbd,ab,cd->", samples, samples, left, right).item()
+    scales = torch.tensor(scales, dtype=torch.float64)
+    assert abs(scales.mean().item() - expected) < 4 * scales.std().item() / len(scales) ** 0.5
 
 
 def test_a_sweep_without_tokens_leaves_the_layer_as_it_was():

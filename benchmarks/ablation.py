@@ -1,0 +1,168 @@
+"""What each step of the method brings, on how many tokens, of which text: every row by one command that resumes.
+
+    python -m benchmarks.ablation --calibration wiki.train.raw --other c4.txt --evaluation wiki.valid.raw \\
+        --stats DIR --results FILE
+
+The rows of `STUDIES` are computed one after the other, each collection of statistics once. Rows that FILE holds, of the
+same model, texts and settings, are not computed again. `keep` is the share of the linear layers' weights that is
+stored; ranks are not rounded to multiples, so that all rows of one `keep` store the same.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gfwsvd
+from benchmarks import record
+from benchmarks.smollm2 import packaged_smollm2
+from gfwsvd.progress import bar
+from gfwsvd.sweep import Run, compressed_rows, dense_row
+
+
+@dataclass(frozen=True)
+class Study:
+    """Some compressions from one collection of statistics.
+
+    Attributes:
+        share: of --sequences, how many sequences to calibrate on.
+        calibration: further arguments of `gfwsvd.calibrate`; "seed" also chooses the sequences.
+        other: whether the sequences come from the other text.
+        steps: names of `STEPS`.
+    """
+
+    name: str
+    share: float
+    steps: tuple[str, ...]
+    keeps: tuple[float, ...] = (0.8, 0.6)
+    calibration: tuple[tuple[str, Any], ...] = ()
+    other: bool = False
+
+
+_BARE: dict[str, Any] = {"damping": 1e-2, "guard": False}
+STEPS: dict[str, dict[str, Any]] = {
+    "svd_llm": {"method": "svd_llm", "ranks": "uniform", "storage": "factors", **_BARE},
+    "kfac": {"method": "kfac", "ranks": "uniform", "storage": "factors", **_BARE},
+    "kfac, global": {"method": "kfac", "ranks": "global", "storage": "factors", **_BARE},
+    "kfac, global, pivoted": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE},
+    "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
+    "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
+}
+_PEERS = ("kfac, global, pivoted", "+ guard")
+_ONE = ("gfwsvd, global, pivoted",)
+STUDIES = (
+    Study("steps", 1, tuple(STEPS)),
+    Study("frontier", 1, ("svd_llm", *_PEERS), keeps=(0.9, 0.7, 0.5)),
+    Study("a tenth of the tokens", 1 / 10, _ONE),
+    Study("sampled labels", 1 / 10, _ONE, calibration=(("labels", "sampled"),)),
+    Study("unit sequence", 1 / 10, _ONE, calibration=(("unit", "sequence"),)),
+    Study("unit batch", 1 / 10, _ONE, calibration=(("unit", "batch"),)),
+    Study("no clipping", 1 / 10, _ONE, calibration=(("clip", 0.0),)),
+    Study("two sweeps", 1 / 10, _ONE, calibration=(("sweeps", 2),)),
+    Study("online", 1 / 10, _ONE, calibration=(("online", True),)),
+    Study("a quarter of the tokens", 1 / 4, _PEERS),
+    Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
+    Study("other text", 1 / 4, _PEERS, other=True),
+    Study("half the tokens", 1 / 2, _PEERS),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="see gfwsvd.load_model; default: SmolLM2-135M")
+    parser.add_argument("--calibration", required=True, help="calibration text, see gfwsvd.load_text")
+    parser.add_argument("--other", help="calibration text of another kind")
+    parser.add_argument("--evaluation", required=True, help="evaluation text")
+    parser.add_argument("--sequences", type=int, default=160)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=16, help="evaluation windows")
+    parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
+    parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
+    arguments = parser.parse_args()
+
+    made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
+    model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
+    windows = gfwsvd.windows(
+        gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
+    )
+    about = {"model": name, "evaluation": Path(arguments.evaluation).name, "windows": list(windows.shape)}
+    about["evaluation_dtype"] = "bfloat16"
+    if not any(row["method"] == "dense" for row in _rows(arguments.results, about)):
+        row = dense_row(model, windows, track=bar, dtype=torch.bfloat16)
+        record.append(arguments.results, {**row, **about, **made})
+    for study in STUDIES:
+        if study.name in (arguments.studies or [study.name]) and (arguments.other or not study.other):
+            for row in _run(study, model, tokenizer, windows, arguments, about):
+                record.append(arguments.results, {**row, **about, **made})
+    Console().print(table(_rows(arguments.results, about)))
+
+
+def _rows(results: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `results` of the same model, windows and, where `about` has them, calibration."""
+    return [row for row in record.read(results) if all(row.get(key) == value for key, value in about.items())]
+
+
+def _run(
+    study: Study,
+    model: Any,
+    tokenizer: Any,
+    windows: torch.Tensor,
+    arguments: argparse.Namespace,
+    about: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """The rows of a study that are not there yet, as they come."""
+    text = arguments.other if study.other else arguments.calibration
+    options = dict(study.calibration)
+    sequences = max(2, round(study.share * arguments.sequences))
+    mine = {
+        "calibration": Path(text).name,
+        "calibration_tokens": sequences * arguments.seq_len,
+        "calibration_options": options,
+    }
+    done = {(row["step"], row["keep"]) for row in _rows(arguments.results, about | mine)}
+    wanted = {
+        Run(keep=keep, **STEPS[step]): step for keep in study.keeps for step in study.steps if (step, keep) not in done
+    }
+    if not wanted:
+        return
+    words = [Path(text).stem, str(sequences), *(f"{key}-{value}" for key, value in options.items())]
+    folder = arguments.stats / "-".join(words)
+    if not folder.exists():
+        batches = gfwsvd.token_batches(
+            gfwsvd.load_text(text),
+            tokenizer,
+            sequences=sequences,
+            seq_len=arguments.seq_len,
+            batch_size=4,
+            seed=options.get("seed", 0),
+        )
+        gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar, **options), folder)
+    statistics, _ = gfwsvd.load_statistics(folder)
+    mine["calibration_sha256"] = statistics.data_sha256
+    for row, report in compressed_rows(model, statistics, wanted, windows, track=bar, dtype=torch.bfloat16):
+        chosen = [layer.metrics for layer in report.layers]
+        step = wanted[Run(**{key: row[key] for key in Run.__dataclass_fields__})]
+        yield {"study": study.name, "step": step, **row, "one_sided": len(chosen) - chosen.count("two-sided"), **mine}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Perplexity, and the gap to dense in log-perplexity, of each row."""
+    dense = next(row for row in rows if row["method"] == "dense")
+    found = Table("study", "step", "keep", "perplexity", "gap", "KL", caption=f"dense: {dense['perplexity']:.2f}")
+    for row in rows:
+        if row is not dense:
+            gap = torch.tensor(row["perplexity"] / dense["perplexity"]).log().item()
+            figures = f"{row['perplexity']:.2f}", f"{gap:.3f}", f"{row['kl']:.3f}"
+            found.add_row(row["study"], row["step"], str(row["keep"]), *figures)
+    return found
+
+
+if __name__ == "__main__":
+    main()
