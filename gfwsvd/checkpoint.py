@@ -179,11 +179,12 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint holds, from its JSON files and the headers of its tensor files: no tensor is read.
 
     Returns:
-        Plain JSON values: `format_version`, `method`, `keep` (asked), `kept` (achieved); `kinds`, the number of layers
-        of each kind; `stored` and `dense`, the weights of the compressed linear layers now and before; `model_stored`
-        and `model_dense`, the same for all tensors; `provenance`; and `layers`, a list of objects with `name`, `kind`,
-        `rank`, `stored`, `dense` and whatever else the report says of the layer. A checkpoint that was saved again
-        without its manifest has an empty `provenance` and the bare layers.
+        Plain JSON values: `format_version`, `method`, `keep` (asked), `kept` (achieved), `time_kept` (by the latency
+        table, None without one); `kinds`, the number of layers of each kind; `stored` and `dense`, the weights of the
+        compressed linear layers now and before; `model_stored` and `model_dense`, the same for all tensors;
+        `provenance`; and `layers`, a list of objects with `name`, `kind`, `rank`, `stored`, `dense` and whatever else
+        the report says of the layer. A checkpoint that was saved again without its manifest has an empty `provenance`
+        and the bare layers.
 
     Raises:
         GfwsvdError: when the folder is no checkpoint of this format, or one that was cut short or changed.
@@ -201,6 +202,7 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     model_stored = sum(math.prod(info.shape) for info in tensors.values())
     return {
         **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
+        "time_kept": report.get("time_kept"),
         "kinds": dict(Counter(layer.kind for layer in layers.values())),
         "stored": sizes,
         "dense": dense,

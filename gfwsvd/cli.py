@@ -1,4 +1,4 @@
-"""The command `gfwsvd`: calibrate, compress, eval, inspect."""
+"""The command `gfwsvd`: calibrate, compress, latency, eval, sweep, inspect."""
 
 import functools
 import platform
@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, sources
+from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, calibrate, check_settings, data_sha256
 from .checkpoint import inspect as inspect_checkpoint
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .folders import check_output_file, check_output_folder
+from .latency import STEP, LatencyTable, measure_latency
 from .methods import METHODS, method_named
 from .options import (
     ALL_METHODS,
@@ -29,6 +31,7 @@ from .options import (
     PIVOTED,
     TEXT_HELP,
     BatchSize,
+    Bounds,
     Clip,
     Device,
     Dtype,
@@ -36,6 +39,7 @@ from .options import (
     Json,
     Keeps,
     Labels,
+    Latency,
     Limit,
     Methods,
     Model,
@@ -164,7 +168,7 @@ def compress_command(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the compressed model")],
     method: Annotated[str, typer.Option("--method", metavar=one_of(METHODS), help="how errors are weighed")] = "gfwsvd",
     keep: Annotated[
-        float, typer.Option("--keep", help="stored over dense parameters of the linear layers, (0, 1]")
+        float, typer.Option("--keep", help="stored over dense parameters of the linear layers, (0, 1]; see --latency")
     ] = 0.8,
     ranks: Annotated[
         str,
@@ -173,6 +177,8 @@ def compress_command(
     rank_multiple: Annotated[
         int, typer.Option("--rank-multiple", min=1, help="ranks are multiples of it")
     ] = RANK_MULTIPLE,
+    bound: Bounds = [],  # noqa: B006 - typer copies it
+    latency: Latency = None,
     storage: Annotated[
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
@@ -213,6 +219,8 @@ def compress_command(
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_storage(storage)
+    bounds = parse_bounds(bound)
+    check_bounds(bounds)
     check_settings(unit, labels, sweeps, clip)
     _check_dtype(dtype)
     if stats is None and text is None and needs:
@@ -222,6 +230,7 @@ def compress_command(
     check_output_folder(out, overwrite=overwrite, marker="config.json")
     if report is not None:
         check_output_file(report)
+    table = None if latency is None else LatencyTable.load(latency)
     statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
     batches = None
@@ -237,6 +246,8 @@ def compress_command(
         keep=keep,
         ranks=ranks,
         rank_multiple=rank_multiple,
+        bounds=bounds,
+        latency=table,
         storage=storage,
         damping=damping,
         guard=guard,
@@ -258,6 +269,26 @@ def compress_command(
 
         write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
     print_values(_summary(result, out), json_output)
+
+
+@app.command("latency")
+@_mendable
+def latency_command(
+    model: Model,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="rows of the layers' inputs: 1 for decoding one text")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="where to write the table, JSON")],
+    step: Annotated[int, typer.Option("--step", min=1, help="ranks are measured at its multiples")] = STEP,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure how long a model's linear layers take on this machine, dense and low-rank, for compress --latency."""
+    _check_dtype(dtype)
+    check_output_file(out)
+    loaded, _, name = sources.load_model(model, dtype=dtype, device=device)
+    table = measure_latency(loaded, tokens=tokens, step=step, track=bar)
+    table.save(out)
+    print_values({"out": str(out), "model": name, "shapes": len(table.us), **table.about()}, json_output)
 
 
 @app.command("eval")

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from . import pivot
+from .bounds import Bound, bounds_of, check_bounds
 from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
 from .errors import GfwsvdError
 from .guard import chosen_metrics, judged_decomposition
-from .layers import LowRankLinear, dense_weight, find_linears, fingerprint
+from .latency import LatencyTable
+from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, weight_shape
 from .methods import KRONECKER, Method, method_named
 from .metrics import Metric, objective
-from .ranks import Candidate, allocate, check_keep, check_ranks, check_storage
+from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
 from .statistics import LayerStatistics
 from .whiten import check_damping
 
@@ -41,6 +43,7 @@ class LayerReport:
         condition_left, condition_right: of the damped metrics, estimated.
         convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
         kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
+        bound: shares of `dense` that it had to store at least and at most; None where nothing was asked.
         spectrum, spectrum_index: some whitened singular values and their positions, from 0.
     """
 
@@ -62,6 +65,7 @@ class LayerReport:
     convergence: float | None = None
     kronecker_residual: float | None = None
     reason: str = ""
+    bound: list[float] | None = None
     spectrum: list[float] = field(default_factory=list)
     spectrum_index: list[int] = field(default_factory=list)
 
@@ -71,12 +75,14 @@ class CompressionReport:
     """What a compression did.
 
     Attributes:
-        keep, kept: asked and achieved `stored / dense` over the compressed linear layers.
+        keep: asked share of the compressed linear layers' parameters, or with a latency table of their time.
+        kept: achieved `stored / dense` of those layers.
         stored, dense: parameters of those layers (weights), now and before.
         model_stored, model_dense: parameters of the whole model, shared ones once.
         predicts_loss: whether predicted losses are in nats per predicted token.
         seconds: wall time of the factorisation, calibration aside.
-        provenance: where the numbers come from: calibration data, settings, versions.
+        provenance: where the numbers come from: calibration data, settings, latency table, versions.
+        time_kept: their time now over that before, as the latency table predicts it; None without one.
     """
 
     method: str
@@ -95,6 +101,7 @@ class CompressionReport:
     seconds: float
     layers: list[LayerReport]
     provenance: dict[str, Any]
+    time_kept: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -117,6 +124,8 @@ def compress(
     keep: float = 0.8,
     ranks: str = "global",
     rank_multiple: int = RANK_MULTIPLE,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    latency: LatencyTable | None = None,
     storage: str = "pivoted",
     damping: float = DAMPING,
     guard: bool = True,
@@ -135,9 +144,13 @@ def compress(
     Args:
         batches: calibration data, see `calibrate`; not needed with `statistics`, nor for method "svd".
         method: a row of `METHODS`.
-        keep: stored over dense parameters of the compressed linear layers, in (0, 1].
+        keep: stored over dense parameters of the compressed linear layers, in (0, 1]; with `latency`, time instead.
         ranks: "uniform" or "global", see `allocate`.
         rank_multiple: ranks are multiples of it.
+        bounds: by regular expression, the shares (low, high) of its own dense parameters that a layer whose name it
+            matches (`re.search`) stores at least and at most; the last match counts. 1 and 1 keep it dense. Where no
+            rank lies between, it is the last one below `high`.
+        latency: global ranks minimise the predicted loss within the share `keep` of the layers' time by this table.
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
@@ -149,7 +162,8 @@ def compress(
         track: wraps long loops to show progress.
 
     Raises:
-        GfwsvdError: for any argument out of range, calibration that fails, statistics that lack what the method needs
+        GfwsvdError: for any argument out of range, bounds that match no layer or contradict `keep`, a table that lacks
+            a layer's shape, calibration that fails, statistics that lack what the method needs
             or belong to other layers, or a layer whose metrics cannot be whitened.
     """
     row = method_named(method)
@@ -157,8 +171,15 @@ def compress(
     check_ranks(ranks, rank_multiple)
     check_storage(storage)
     check_damping(damping)
+    check_bounds(bounds or {})
+    if latency is not None and ranks != "global":
+        raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
+    blanks = _blanks(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
+    if latency is not None:
+        latency.check((blank.d_out, blank.d_in) for blank in blanks.values())
+    cost: Cost = Candidate.stored if latency is None else latency.cost
     if statistics is None:
         if row.needs and batches is None:
             raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")
@@ -178,27 +199,26 @@ def compress(
     began = time.perf_counter()
     linears = _checked_linears(model, statistics, row)
     solutions = {
-        name: _solve(
-            name, linears[name], statistics, row, keep=keep, damping=damping, guard=guard, pivoted=storage == "pivoted"
-        )
+        name: _solve(name, linears[name], statistics, row, keep=keep, damping=damping, guard=guard, blank=blanks[name])
         for name in track(list(linears), f"{method}: {len(linears)} layers")
     }
     candidates = {name: solution.candidate for name, solution in solutions.items()}
-    chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple)
+    chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple, cost=cost)
     model_dense = _numbers(model)
     low_rank = [(name, rank) for name, rank in chosen.items() if rank is not None]
     layers = {
         name: _low_rank(
-            linears[name], solutions[name], rank, rank_multiple, _metrics(statistics, name, row, solutions[name])
+            linears[name], solutions[name], rank, rank_multiple, cost, _metrics(statistics, name, row, solutions[name])
         )
         for name, rank in track(low_rank, f"{method}: {len(low_rank)} low-rank layers")
     }
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
-    reports = [
-        _layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row, keep=keep)
-        for name in linears
-    ]
+    reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
+    for report in reports:
+        if report.kind == "dense":
+            candidate = candidates[report.name]
+            report.reason = why_dense(candidate, keep=keep, rank_multiple=rank_multiple, cost=cost)
     stored, dense = sum(layer.stored for layer in reports), sum(layer.dense for layer in reports)
     return CompressionReport(
         method=method,
@@ -224,8 +244,29 @@ def compress(
             "model_sha256": statistics.model_sha256,
             "calibration_seconds": list(statistics.seconds),
             "unreached": list(statistics.unreached),
+            **({} if latency is None else {"latency": latency.about()}),
         },
+        time_kept=None
+        if latency is None
+        else latency.share(((layer.d_out, layer.d_in), layer.kind, layer.rank or 0) for layer in reports),
     )
+
+
+def _blanks(
+    model: nn.Module,
+    statistics: Statistics | None,
+    exclude: Iterable[str],
+    bounds: Mapping[str, tuple[float, float]],
+    *,
+    pivoted: bool,
+) -> dict[str, Candidate]:
+    """The layers that will be compressed, before anything is computed: their spectra are empty."""
+    if statistics is None:
+        shapes = {name: weight_shape(module) for name, module in find_linears(model, exclude=exclude).items()}
+    else:
+        shapes = {name: (stats.d_out, stats.d_in) for name, stats in statistics.layers.items()}
+    limits = bounds_of(shapes, bounds)
+    return {name: Candidate(*shape, torch.empty(0), pivoted, limits[name]) for name, shape in shapes.items()}
 
 
 def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> dict[str, nn.Module]:
@@ -239,7 +280,7 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
     linears = find_linears(model)
     advice = "the statistics belong to another model; calibrate this one"
     for name, stats in statistics.layers.items():
-        found = tuple(dense_weight(linears[name]).shape) if name in linears else "no linear layer"
+        found = weight_shape(linears[name]) if name in linears else "no linear layer"
         if found != (stats.d_out, stats.d_in):
             raise GfwsvdError(
                 f"expected a layer {name} of weight {(stats.d_out, stats.d_in)}, the model has {found} there: {advice}"
@@ -273,22 +314,21 @@ def _solve(
     keep: float,
     damping: float,
     guard: bool,
-    pivoted: bool,
+    blank: Candidate,
 ) -> _Solution:
-    stats, weight = statistics.layers[name], dense_weight(module)
-    size = Candidate(stats.d_out, stats.d_in, torch.empty(0), pivoted)
+    weight = dense_weight(module)
     judged = judged_decomposition(
         weight,
         _metrics(statistics, name, row),
-        stats,
+        statistics.layers[name],
         row,
-        rank=size.largest_within(int(keep * size.dense)),
+        rank=blank.largest_within(int(keep * blank.dense)),
         damping=damping,
         guard=guard,
         name=name,
     )
     found = judged.found
-    candidate = replace(size, spectrum=found.spectrum.cpu())
+    candidate = replace(blank, spectrum=found.spectrum.cpu())
     up, down = found.factors(weight, candidate.largest_rank)
     soundness = {
         f"{what}_{side}": getattr(root, what)
@@ -296,7 +336,7 @@ def _solve(
         for what in ("damping", "condition")
     }
     soundness |= {"metrics": judged.choice, "heldout_losses": judged.losses}
-    dtype = torch.promote_types(weight.dtype, torch.float32) if pivoted else weight.dtype
+    dtype = torch.promote_types(weight.dtype, torch.float32) if blank.pivoted else weight.dtype
     return _Solution(candidate, up.to(dtype), down.to(dtype), soundness)
 
 
@@ -310,19 +350,18 @@ def _metrics(
 
 
 def _low_rank(
-    module: nn.Module, solution: _Solution, rank: int, multiple: int, metrics: tuple[Metric, Metric]
+    module: nn.Module, solution: _Solution, rank: int, multiple: int, cost: Cost, metrics: tuple[Metric, Metric]
 ) -> tuple[LowRankLinear, float | None]:
     """The new layer, and what rounding to half precision adds to its objective (None in other dtypes).
 
-    A layer to be pivoted is stored as two factors of a lower rank, within the same size, where that loses less.
+    A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
     """
     candidate = solution.candidate
     layer = _stored_layer(module, solution, rank, pivoted=candidate.pivots(rank))
     if layer.weight.dtype.itemsize >= 4:
         return layer, None
     rounding = _rounding_loss(layer, solution, metrics)
-    two_factors = replace(candidate, pivoted=False)
-    lower = two_factors.largest_within(candidate.stored(rank)) // multiple * multiple
+    lower = candidate.two_factors(rank, multiple, cost)
     if layer.kind == "pivoted" and lower:
         tails = candidate.tails()
         other = _stored_layer(module, solution, lower, pivoted=False)
@@ -355,17 +394,13 @@ def _layer_report(
     chosen: tuple[LowRankLinear, float | None] | None,
     stats: LayerStatistics,
     row: Method,
-    *,
-    keep: float,
 ) -> LayerReport:
     candidate, spectrum = solution.candidate, solution.candidate.spectrum
     points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
     kronecker = KRONECKER in row.needs
     layer, rounding = chosen or (None, None)
     reason = ""
-    if layer is None:
-        reason = "keep is 1" if keep == 1 else "its parameters are worth more than the same number in other layers"
-    elif candidate.pivoted and layer.kind == "lowrank":
+    if layer is not None and candidate.pivoted and layer.kind == "lowrank":
         few = not candidate.pivots(layer.rank)
         reason = "two factors: " + (
             "smaller at so low a rank" if few else "pivoted, rounding would lose more than it saves"
@@ -383,6 +418,7 @@ def _layer_report(
         convergence=stats.convergence[-1] if kronecker else None,
         kronecker_residual=stats.kronecker_residual if kronecker else None,
         reason=reason,
+        bound=None if candidate.bound == Bound() else list(candidate.bound),
         spectrum=spectrum[points].tolist(),
         spectrum_index=points.tolist(),
         **solution.soundness,

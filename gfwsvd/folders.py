@@ -179,6 +179,30 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), os.fspath(second))
 
 
+def write_text(path: Path, text: str, *, what: str) -> None:
+    """Write a file, beside its final place and then renamed, so that it is whole or as before; makes missing folders.
+
+    Args:
+        what: the file is, for the error.
+
+    Raises:
+        GfwsvdError: when it cannot be written.
+    """
+    file = path.expanduser()
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise GfwsvdError(f"could not write the {what} {file}: {error}; nothing half-written is left") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, for use inside `atomic_folder`.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -22,7 +21,7 @@ from . import checkpoint
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
-from .layers import LowRankLinear, dense_weight, is_linear
+from .layers import LowRankLinear, is_linear, weight_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,11 +62,11 @@ class GfwsvdQuantizer(HfQuantizer):
             if not is_linear(module):
                 raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
         if checkpoint_files is not None:
-            shapes = {name: _shape(module) for name, module in modules.items()}
+            shapes = {name: weight_shape(module) for name, module in modules.items()}
             _check_files([Path(file) for file in checkpoint_files], entries, shapes)
         for name, module in modules.items():
             if (rank := entries[name].rank) is not None:
-                d_out, d_in = _shape(module)
+                d_out, d_in = weight_shape(module)
                 options = {"pivoted": entries[name].pivoted, "bias": module.bias is not None}
                 layer = LowRankLinear(d_in, d_out, rank, **options, device="meta", dtype=module.weight.dtype)
                 model.set_submodule(places[name], layer)
@@ -99,11 +98,6 @@ class GfwsvdQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    d_out, d_in = dense_weight(module).shape
-    return d_out, d_in
 
 
 def _find_module(model: "PreTrainedModel", name: str) -> str | None:

@@ -114,6 +114,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(D_OUT, D_IN) of a linear module."""
+    d_out, d_in = dense_weight(module).shape
+    return d_out, d_in
+
+
 def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
     """The linear layers of `model` that compression is about, by module name in the model's order.
 

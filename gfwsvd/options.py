@@ -1,6 +1,7 @@
 """Options that several commands share, each stated once."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,19 @@ Clip = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
 Exclude = Annotated[
     list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
+]
+Bounds = Annotated[
+    list[str],
+    typer.Option(
+        "--bound",
+        metavar="REGEX=LOW[:HIGH]",
+        help="a layer whose name matches stores at least LOW and at most HIGH of its own parameters; 1 keeps it dense; "
+        "may be repeated, the last match counts",
+    ),
+]
+Latency = Annotated[
+    Path | None,
+    typer.Option("--latency", metavar="FILE", help="table of gfwsvd latency: --keep is then a share of time"),
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="tokens of a window; windows do not overlap")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="most windows to take; default: all")]

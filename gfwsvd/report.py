@@ -3,7 +3,6 @@
 import html
 import math
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from . import __version__
 from .compress import CompressionReport, LayerReport
 from .errors import GfwsvdError
 from .figures import diagnostics, perplexity_by_size, predicted_losses, spectra, stored_share, stored_shares
+from .folders import write_text
 
 _OPEN_REPORTS = 3  # with more, each is folded away until it is clicked
 _LIGHT = "#1d4ed8 #b45309 #15803d #9333ea #dc2626 #0e7490 #854d0e #475569".split()
@@ -43,22 +43,7 @@ def write_report(
     """
     if not reports and not evaluations:
         raise GfwsvdError("a report needs at least one compression report or evaluation, got none")
-    _write(Path(path).expanduser(), _page(title, reports, evaluations, samples or {}))
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", errors="replace") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise GfwsvdError(f"could not write the report {file}: {error}; nothing half-written is left") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(Path(path), _page(title, reports, evaluations, samples or {}), what="report")
 
 
 def _page(
@@ -144,18 +129,24 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
 def _summary(report: CompressionReport) -> str:
     dense = sum(layer.rank is None for layer in report.layers)
     share = report.model_stored / max(report.model_dense, 1)
+    time = (
+        ""
+        if report.time_kept is None
+        else f"By the latency table they take {_number(report.time_kept, '.2%')} of the dense layers' time; keep is "
+        "a share of that. "
+    )
     return (
         f"{len(report.layers)} linear layers, {dense} of them dense. Their weights hold {report.stored:,} of "
         f"{report.dense:,} parameters ({_number(report.kept, '.2%')}), the whole model {report.model_stored:,} of "
         f"{report.model_dense:,} ({_number(share, '.2%')}). "
-        f"Ranks are multiples of {report.rank_multiple}; factorising took {_number(report.seconds, '.1f')} s."
+        f"{time}Ranks are multiples of {report.rank_multiple}; factorising took {_number(report.seconds, '.1f')} s."
     )
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
     return _table(
         "The linear layers in the model's order",
-        ["layer", "in", "out", "rank", "share stored", "parameters", "predicted loss"]
+        ["layer", "in", "out", "rank", "share stored", "bound", "parameters", "predicted loss"]
         + ["Kronecker misfit", "last turn", "condition, out", "condition, in", "damping, out", "damping, in"],
         (
             [
@@ -164,6 +155,7 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                 _number(layer.d_out, ","),
                 "dense" if layer.rank is None else _number(layer.rank, ","),
                 _number(stored_share(layer), ".3f"),
+                _MISSING if layer.bound is None else "{:g} to {:g}".format(*layer.bound),
                 _number(layer.stored, ","),
                 _number(layer.predicted_loss, ".3g"),
                 _number(layer.kronecker_residual, ".3f"),
