@@ -1,4 +1,4 @@
-"""Checks of token ids against a model of transformers, which would fail on them in its own way, or not at all."""
+"""Checks of token ids and their windows, on which a model of transformers would fail in its own way, or not at all."""
 
 from typing import Any
 
@@ -34,3 +34,9 @@ def check_tokens(model: nn.Module, ids: Tensor) -> None:
             f"the tokens are from {ids.min()} to {ids.max()}, the model's vocabulary has {vocabulary}: expected tokens "
             "of the model's own tokenizer"
         )
+
+
+def check_stride(stride: int, window: int) -> None:
+    """GfwsvdError unless windows of `window` tokens that start every `stride` tokens leave none out."""
+    if not 1 <= stride <= window:
+        raise GfwsvdError(f"stride must be from 1 to the window's {window} tokens, got {stride}")

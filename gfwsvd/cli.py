@@ -4,7 +4,7 @@ import functools
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from . import __version__, sources
 from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, calibrate, check_settings, data_sha256
 from .checkpoint import inspect as inspect_checkpoint
+from .checks import check_stride
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
@@ -35,7 +36,10 @@ from .options import (
     Clip,
     Device,
     Dtype,
+    EvalBatchSize,
+    EvalLimit,
     Exclude,
+    Fewshot,
     Json,
     Keeps,
     Labels,
@@ -43,13 +47,17 @@ from .options import (
     Limit,
     Methods,
     Model,
+    OptionalText,
     Overwrite,
     RankWays,
     Seed,
     SeqLen,
     Sequences,
     Storages,
+    Stride,
     Sweeps,
+    TaskFolder,
+    TaskNames,
     Text,
     Unit,
     Window,
@@ -60,6 +68,7 @@ from .progress import bar
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
 from .sweep import all_runs, comparison, sweep
+from .tasks import find_tasks, run_tasks, task_table
 from .texts import text_name
 
 app = typer.Typer(
@@ -294,23 +303,43 @@ def latency_command(
 @app.command("eval")
 @_mendable
 def eval_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="a model, or what gfwsvd compress wrote")],
-    text: Text,
+    text: OptionalText = None,
     window: Window = 1024,
-    limit: Limit = None,
+    stride: Stride = None,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="the dense model, for KL and top-1 agreement")
     ] = None,
+    tasks: TaskNames = None,
+    task_folder: TaskFolder = None,
+    num_fewshot: Fewshot = None,
+    limit: EvalLimit = None,
+    batch_size: EvalBatchSize = 1,
     dtype: Dtype = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Measure perplexity on a text, and how far a model is from a reference."""
+    """Measure perplexity on a text and how far a model is from a reference, or how well it answers tasks, or both."""
     _check_dtype(dtype)
+    if text is None and tasks is None:
+        raise GfwsvdError("there is nothing to evaluate on: give --text TEXT, --tasks NAME, or both")
+    for owner, names in {"text": ("window", "stride", "reference"), "tasks": ("task_folder", "num_fewshot")}.items():
+        if context.params[owner] is None and (given := _given(context, names)):
+            raise GfwsvdError(f"{given} would have no effect without --{owner}: give that too")
+    check_stride(window if stride is None else stride, window)
+    asked = None if tasks is None else find_tasks([name.strip() for name in tasks.split(",")], folder=task_folder)
     loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
-    tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
-    dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
-    print_values(evaluate(loaded, tokens, reference=dense, track=bar).to_json(), json_output)
+    found: dict[str, Any] = {}
+    if text is not None:
+        tokens = sources.windows(sources.load_text(text), tokenizer, window=window, stride=stride, limit=limit)
+        dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
+        found = evaluate(loaded, tokens, stride=stride, reference=dense, batch_size=batch_size, track=bar).to_json()
+    if asked is not None:
+        found |= run_tasks(loaded, tokenizer, asked, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
+        if not json_output:
+            Console().print(task_table(found.pop("tasks")))
+    print_values(found, json_output)
 
 
 @app.command("sweep")
@@ -390,13 +419,17 @@ def inspect_command(
 def _check_no_calibration(context: typer.Context) -> None:
     """With statistics, an option of the calibration would have no effect; `exclude` would leave out no layer."""
     names = ("text", "sequences", "seq_len", "batch_size", "unit", "labels", "sweeps", "clip", "seed", "exclude")
-    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if given := _given(context, names):
         raise GfwsvdError(
-            f"the statistics of --stats bring their own calibration, got {options} as well: give either --stats DIR or "
+            f"the statistics of --stats bring their own calibration, got {given} as well: give either --stats DIR or "
             "--text TEXT, and not both"
         )
+
+
+def _given(context: typer.Context, names: Iterable[str]) -> str:
+    """Those of the options that stand on the command line."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def _check_dtype(dtype: str | None) -> None:

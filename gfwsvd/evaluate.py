@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Track, silent
-from .checks import check_causal
+from .checks import check_causal, check_stride
 from .errors import GfwsvdError
 from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating, model_device
 
@@ -29,6 +29,7 @@ class Evaluation:
         kl: mean over predicted tokens of KL(reference || model), in nats; None without a reference.
         top1: share of predicted tokens whose likeliest value is the reference's; None without a reference.
         tokens: how many were predicted.
+        window, stride: tokens of a window, and from the start of one to that of the next.
         seconds: wall time.
     """
 
@@ -36,6 +37,8 @@ class Evaluation:
     kl: float | None
     top1: float | None
     tokens: int
+    window: int
+    stride: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -47,29 +50,37 @@ def evaluate(
     model: nn.Module,
     windows: Tensor,
     *,
+    stride: int | None = None,
     reference: nn.Module | ReferenceLogits | None = None,
     batch_size: int = 1,
     track: Track[int] = silent,
 ) -> Evaluation:
     """Perplexity of `model` on windows of tokens, and the distance of its predictions to those of a reference.
 
-    Each window is on its own; its S - 1 tokens after the first are predicted. Log-probabilities are in float32 (float64
-    for a float64 model), sums in float64. About 2**23 logits exist at a time where the model does nothing to them after
-    its output embedding (which the start of the first window shows), else those of one batch.
+    Each window is on its own; its S - 1 tokens after the first are predicted. Of overlapping windows, those after the
+    first predict only their last `stride` tokens, which the window before did not have: each after S - stride tokens or
+    more. Log-probabilities are in float32 (float64 for a float64 model), sums in float64. About 2**23 logits exist at a
+    time where the model does nothing to them after its output embedding (which the start of the first window shows),
+    else those of one batch.
 
     Args:
         model: a transformers causal language model; its training flags are left as they were.
         windows: (N, S) token ids, int64 or int32, N >= 1, S >= 2.
+        stride: that of `gfwsvd.windows`; by default S, windows that do not overlap.
         reference: the model to compare with, or its `ReferenceLogits` of these windows, to evaluate several models.
         batch_size: windows in a forward pass; the result depends on it by rounding only.
         track: wraps the starts of the batches to show progress.
 
     Raises:
-        GfwsvdError: for windows of another shape, too long for the model or of tokens it does not have; a model that
-            predicts no next tokens; a reference of another vocabulary or of other windows; NaN or inf in logits.
+        GfwsvdError: for windows of another shape or stride, too long for the model or of tokens it does not have; a
+            model that predicts no next tokens; a reference of another vocabulary or of other windows; NaN or inf in
+            logits.
     """
     began = time.perf_counter()
     check_windows(windows, batch_size)
+    window = windows.shape[1]
+    stride = window if stride is None else stride
+    _check_overlap(windows, stride)
     sums = torch.zeros(3, dtype=torch.float64)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -80,14 +91,17 @@ def evaluate(
                 "vocabulary; compare models of one family"
             )
         for start in track(range(0, len(windows), batch_size), f"evaluation: {len(windows)} windows"):
-            sums += _score_batch(source, other, windows, start, min(start + batch_size, len(windows)))
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+            stop = min(start + batch_size, len(windows))
+            sums += _score_batch(source, other, windows, start, stop, stride=stride)
+    tokens = window - 1 + (len(windows) - 1) * min(stride, window - 1)
     loss, kl, top1 = (sums / tokens).tolist()
     return Evaluation(
         perplexity=math.exp(min(loss, 700)),
         kl=None if reference is None else kl,
         top1=None if reference is None else top1,
         tokens=tokens,
+        window=window,
+        stride=stride,
         seconds=time.perf_counter() - began,
     )
 
@@ -127,6 +141,15 @@ def generate_sample(
     return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def _check_overlap(windows: Tensor, stride: int) -> None:
+    check_stride(stride, windows.shape[1])
+    if not torch.equal(windows[1:, :-stride], windows[:-1, stride:]):
+        raise GfwsvdError(
+            f"the windows do not follow one another by a stride of {stride} tokens; make them with "
+            f"gfwsvd.windows(..., stride={stride})"
+        )
+
+
 def _open(
     reference: nn.Module | ReferenceLogits | None, windows: Tensor, stack: contextlib.ExitStack
 ) -> LogitsSource | CachedLogits | None:
@@ -147,16 +170,22 @@ def _open(
 
 
 def _score_batch(
-    source: LogitsSource, other: LogitsSource | CachedLogits | None, windows: Tensor, start: int, stop: int
+    source: LogitsSource,
+    other: LogitsSource | CachedLogits | None,
+    windows: Tensor,
+    start: int,
+    stop: int,
+    *,
+    stride: int,
 ) -> Tensor:
     """Sums over the tokens predicted in windows `start` to `stop`: log-loss, KL, agreements; (3,) float64.
 
     Raises:
         GfwsvdError: when they are not finite.
     """
-    states = source.states(start, stop).flatten(0, 1)
-    other_states = None if other is None else other.states(start, stop).flatten(0, 1)
-    targets = windows[start:stop, 1:].flatten().long()
+    states = _scored(source.states(start, stop), start, stride)
+    other_states = None if other is None else _scored(other.states(start, stop), start, stride)
+    targets = _scored(windows[start:stop, 1:], start, stride).long()
     rows = max(1, _CHUNK_LOGITS // source.vocabulary)
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(targets), rows):
@@ -172,6 +201,14 @@ def _score_batch(
                 "weights, or take bfloat16 or float32 in place of float16"
             )
     return sums
+
+
+def _scored(values: Tensor, start: int, stride: int) -> Tensor:
+    """Of `values` (B, S - 1, ...) of the predictions in windows from `start` on, those that count, (T, ...)."""
+    last = values[:, -stride:].flatten(0, 1)
+    if start > 0 or stride >= values.shape[1]:
+        return last
+    return torch.cat([values[0, :-stride], last])  # the first window has no other before it
 
 
 def _score(logits: Tensor, expected: Tensor | None, targets: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ class CachedLogits:
 
 
 class ReferenceLogits:
-    """The logits of a model on fixed windows, for any number of evaluations that together run it only once.
+    """The logits of a model on fixed windows, for any number of evaluations that together run it only once, each of any
+    stride that the windows have.
 
     Kept are a copy of the output embedding and what enters it, (N, S - 1, D) on the CPU in the model's dtype: the model
     may be changed or deleted afterwards. A model that does more to its logits than its output embedding does (such as

@@ -52,7 +52,7 @@ Latency = Annotated[
     Path | None,
     typer.Option("--latency", metavar="FILE", help="table of gfwsvd latency: --keep is then a share of time"),
 ]
-Window = Annotated[int, typer.Option("--window", min=2, help="tokens of a window; windows do not overlap")]
+Window = Annotated[int, typer.Option("--window", min=2, help="tokens of a window")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="most windows to take; default: all")]
 Dtype = Annotated[
     str | None,
@@ -61,6 +61,27 @@ Dtype = Annotated[
 Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
+
+# Of an evaluation, on a text or on tasks
+OptionalText = Annotated[str | None, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)]
+Stride = Annotated[
+    int | None,
+    typer.Option("--stride", help="tokens from one window's start to the next; default: the window, no overlap"),
+]
+TaskNames = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="NAME[,NAME...]", help="of the lm-evaluation-harness: pip install 'gfwsvd[eval]'"),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--task-folder", metavar="DIR", help="YAML files of tasks, in place of the harness's own")
+]
+Fewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="examples before a question; default: what the task says")
+]
+EvalLimit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="most windows, and most questions of a task; default: all")
+]
+EvalBatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="windows, or a task's requests, in a batch")]
 
 # Of a sweep, each of which may be given several times
 Methods = Annotated[list[str], typer.Option("--method", metavar=one_of(METHODS), help="may be repeated; default: all")]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import check_stride
 from .errors import GfwsvdError
 from .texts import load_text as load_text
 
@@ -182,23 +183,35 @@ def token_batches(
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in chosen.split(batch_size)]
 
 
-def windows(text: str, tokenizer: "PreTrainedTokenizerBase | None", *, window: int, limit: int | None = None) -> Tensor:
-    """Windows for evaluation: consecutive tokens of a text from its start, without overlap; what is left is dropped.
+def windows(
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    window: int,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Windows for evaluation: consecutive tokens of a text from its start; what is left for no whole one is dropped.
 
     Args:
         text: see `token_batches`.
         window: tokens of a window.
+        stride: tokens from the start of a window to that of the next; by default `window`, without overlap.
         limit: most windows to take, by default all.
 
     Returns:
-        (N, window) int64 on the CPU, N at least 1.
+        (N, window) int64 on the CPU, N at least 1; where windows overlap they share memory.
 
     Raises:
-        GfwsvdError: when the text is shorter than one window, there is no tokenizer, or a number is below 1.
+        GfwsvdError: when the text is shorter than one window, there is no tokenizer, a number is below 1, or the stride
+            above the window.
     """
     _check_counts(window=window, limit=1 if limit is None else limit)
-    tokens = _tokenize(text, tokenizer, needed=window, what=f"one window of {window} tokens")
-    return tokens[: len(tokens) // window * window].view(-1, window)[:limit]
+    stride = window if stride is None else stride
+    check_stride(stride, window)
+    return _tokenize(text, tokenizer, needed=window, what=f"one window of {window} tokens").unfold(0, window, stride)[
+        :limit
+    ]
 
 
 def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase | None", *, needed: int, what: str) -> Tensor:

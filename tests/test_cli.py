@@ -55,6 +55,10 @@ def test_the_whole_way_from_statistics_to_evaluation(workspace, tmp_path):
     assert dense["kl"] is None and small["kl"] > 0 and 0 < small["top1"] < 1
     assert dense["perplexity"] != small["perplexity"] and small["seconds"] > 0
 
+    more = run_json("eval", tmp_path / "out", *text, "--stride", "16", "--batch-size", "3")
+    assert (small["window"], small["stride"], more["stride"]) == (64, 64, 16)
+    assert more["tokens"] == 63 + 3 * 16 and more["perplexity"] != small["perplexity"]
+
     shown = run_json("inspect", tmp_path / "out")
     assert shown["kept"] == compressed["kept"] and shown["provenance"] == compressed["provenance"]
     assert sum(layer["stored"] for layer in shown["layers"]) == compressed["stored"]
@@ -147,6 +151,12 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path):
     ):
         assert "could not write" in run(*options, status=1).stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("stride", [0, 65])
+def test_a_stride_beyond_the_window_is_refused_before_any_work(stride):
+    result = run("eval", "no-such-model", "--text", "t.txt", "--window", "64", "--stride", stride, status=1)
+    assert f"stride must be from 1 to the window's 64 tokens, got {stride}" in result.stderr
 
 
 def test_names_of_layers_are_shown_whole_and_texts_without_their_folders(workspace, tmp_path):

@@ -72,6 +72,63 @@ def test_evaluation_equals_the_definitions(kind):
     )
 
 
+def strided(model: nn.Module, text: list[int], window: int, stride: int, reference: nn.Module) -> tuple[float, ...]:
+    """Perplexity, KL, top-1 share and their number of tokens: window by window, those that were not seen before."""
+    losses, distances, agreements, seen = [], [], [], 1
+    for start in range(0, len(text) - window + 1, stride):
+        ids = torch.tensor([text[start : start + window]])
+        with torch.no_grad():
+            all_logits, all_expected = model(ids).logits[0].double(), reference(ids).logits[0].double()
+        for place in range(max(seen, start + 1), start + window):
+            logits, expected = all_logits[place - 1 - start], all_expected[place - 1 - start]
+            logs, expected_logs = logits - logits.exp().sum().log(), expected - expected.exp().sum().log()
+            losses.append(-logs[text[place]].item())
+            distances.append((expected_logs.exp() * (expected_logs - logs)).sum().item())
+            agreements.append(float(logits.argmax() == expected.argmax()))
+        seen = start + window
+    count = len(losses)
+    return math.exp(sum(losses) / count), sum(distances) / count, sum(agreements) / count, count
+
+
+@pytest.mark.parametrize("kind", ["llama", "capped"])  # the second keeps no states but runs again
+@pytest.mark.parametrize(("window", "stride"), [(10, 1), (10, 3), (10, 9), (10, 10), (7, 4), (2, 1), (29, 5)])
+def test_strided_evaluation_equals_a_loop_over_tokens(kind, window, stride):
+    model = (capped_model() if kind == "capped" else tiny_model(kind)).double()
+    other, text = noisy(model), random_tokens(1, 29)[0]
+    tokens = text.unfold(0, window, stride)
+    *expected, count = strided(other, text.tolist(), window, stride, model)
+    for reference in (model, ReferenceLogits(model, tokens, batch_size=3)):
+        found = evaluate(other, tokens, stride=stride, reference=reference, batch_size=2)
+        assert (found.tokens, found.window, found.stride) == (count, window, stride)
+        assert (found.perplexity, found.kl, found.top1) == pytest.approx(tuple(expected), rel=1e-10)
+
+
+def test_without_a_stride_windows_do_not_overlap_and_the_result_is_the_same_to_the_bit():
+    model, tokens = tiny_model("llama"), random_tokens(5, 12)
+    one, other = evaluate(model, tokens, batch_size=2), evaluate(model, tokens, stride=12, batch_size=2)
+    assert one.perplexity == other.perplexity and (one.window, one.stride) == (other.window, other.stride) == (12, 12)
+
+
+def test_a_shorter_stride_predicts_the_same_tokens_from_more():
+    model, text = tiny_model("llama").double(), random_tokens(1, 60)[0]
+    alone = evaluate(model, text.unfold(0, 20, 20))
+    after = evaluate(model, text.unfold(0, 20, 10), stride=10)
+    assert (alone.tokens, after.tokens) == (3 * 19, 59) and alone.perplexity != after.perplexity
+
+
+@pytest.mark.parametrize(
+    ("stride", "message"),
+    [
+        (0, "stride must be from 1 to the window's 8 tokens, got 0"),
+        (9, "stride must be from 1 to the window's 8 tokens, got 9"),
+        (4, "do not follow one another by a stride of 4 tokens"),
+    ],
+)
+def test_a_stride_that_the_windows_do_not_have_is_refused(stride, message):
+    with pytest.raises(GfwsvdError, match=message):
+        evaluate(tiny_model("llama"), random_tokens(3, 8), stride=stride)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_perplexity_is_exp_of_the_loss_of_transformers(kind):
     model, tokens = tiny_model(kind), random_tokens(4, 24)
@@ -81,7 +138,7 @@ def test_perplexity_is_exp_of_the_loss_of_transformers(kind):
 
 def test_without_a_reference_there_is_neither_kl_nor_top1():
     found = evaluate(tiny_model("llama"), random_tokens(2, 8)).to_json()
-    assert found.keys() == {"perplexity", "kl", "top1", "tokens", "seconds"}
+    assert found.keys() == {"perplexity", "kl", "top1", "tokens", "window", "stride", "seconds"}
     assert found["kl"] is None and found["top1"] is None and found["seconds"] > 0
 
 

@@ -359,6 +359,16 @@ def test_windows_follow_one_another_from_the_start():
     assert windows(counting(10), numbers, window=10, limit=3).shape == (1, 10)
 
 
+def test_windows_of_a_stride_overlap_and_only_whole_ones_count():
+    starts = torch.tensor([0, 4, 8, 12])[:, None]
+    assert torch.equal(windows(counting(25), numbers, window=10, stride=4), starts + torch.arange(10))
+    assert torch.equal(windows(counting(25), numbers, window=10, stride=4, limit=2), starts[:2] + torch.arange(10))
+    assert torch.equal(windows(counting(25), numbers, window=10, stride=10), torch.arange(20).view(2, 10))
+    for stride in (0, 11):
+        with pytest.raises(GfwsvdError, match=f"stride must be from 1 to the window's 10 tokens, got {stride}"):
+            windows(counting(25), numbers, window=10, stride=stride)
+
+
 def test_a_text_too_short_is_refused_with_both_numbers():
     with pytest.raises(GfwsvdError, match="4 sequences of 30 tokens need 120 tokens, it has 119"):
         token_batches(counting(119), numbers, sequences=4, seq_len=30, batch_size=2, seed=0)
