@@ -18,6 +18,7 @@ _OPEN_REPORTS = 3  # with more, each is folded away until it is clicked
 _LIGHT = "#1d4ed8 #b45309 #15803d #9333ea #dc2626 #0e7490 #854d0e #475569".split()
 _DARK = "#7aa2ff #ffa657 #5fd38d #d2a8ff #ff7b72 #56d4dd #e3b341 #a8b3c0".split()
 _MISSING = "–"
+_KINDS = {"dense": "left dense, each because ", "lowrank": "of low rank stored as "}  # what comes before a reason
 
 
 def write_report(
@@ -107,10 +108,11 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
         if report.predicts_loss
         else "Error that the chosen rank leaves in each layer, as this method weighs it; no prediction of the loss."
     )
-    reasons = Counter(layer.reason for layer in report.layers if layer.reason)
+    reasons = Counter((layer.kind, layer.reason) for layer in report.layers if layer.reason)
     parts = [
         f"<p>{_summary(report)}</p>",
-        *(f"<p>{count} left dense, each because {_text(reason)}.</p>" for reason, count in reasons.items()),
+        *(f"<p>{count} {_KINDS[kind]}{_text(reason)}.</p>" for (kind, reason), count in reasons.items()),
+        _guard(report.layers),
         _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
         _figure(spectra(report), "Singular values of the whitened weights; what lies right of a dot is dropped."),
@@ -143,11 +145,36 @@ def _summary(report: CompressionReport) -> str:
     )
 
 
+def _guard(layers: Sequence[LayerReport]) -> str:
+    """Which metrics the layers were factored by, where held-out tokens judged that."""
+    judged = [layer for layer in layers if layer.heldout_losses]
+    if not judged:
+        return ""
+    counts = Counter(layer.metrics for layer in judged)
+    chosen = sum(layer.heldout_losses[layer.metrics] for layer in judged)
+    first = sum(next(iter(layer.heldout_losses.values())) for layer in judged)
+    return (
+        f"<p>Judged by held-out tokens, {len(judged)} layers were factored by these metrics: "
+        f"{_text(', '.join(f'{choice} {count}' for choice, count in counts.most_common()))}. At the ranks they were "
+        f"judged at, that lowers their summed loss from {_number(first, '.4g')} to {_number(chosen, '.4g')}.</p>"
+    )
+
+
 def _layers(layers: Sequence[LayerReport]) -> str:
     return _table(
         "The linear layers in the model's order",
         ["layer", "in", "out", "rank", "share stored", "bound", "parameters", "predicted loss"]
-        + ["Kronecker misfit", "last turn", "condition, out", "condition, in", "damping, out", "damping, in"],
+        + [
+            "metrics",
+            "loss on held-out tokens",
+            "two-sided",
+            "Kronecker misfit",
+            "last turn",
+            "condition, out",
+            "condition, in",
+            "damping, out",
+            "damping, in",
+        ],
         (
             [
                 _text(layer.name),
@@ -158,6 +185,9 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                 _MISSING if layer.bound is None else "{:g} to {:g}".format(*layer.bound),
                 _number(layer.stored, ","),
                 _number(layer.predicted_loss, ".3g"),
+                _text(layer.metrics),
+                _number(layer.heldout_losses.get(layer.metrics), ".3g"),
+                _number(layer.heldout_losses.get("two-sided"), ".3g"),
                 _number(layer.kronecker_residual, ".3f"),
                 _number(layer.convergence, ".2g"),
                 _number(layer.condition_left, ".2g"),

@@ -34,12 +34,26 @@ def report(layers: list[LayerReport], *, method: str = "gfwsvd", **values: objec
     stored, dense = sum(x.stored for x in layers), sum(x.dense for x in layers)
     fields = {
         "method": method, "keep": 0.8, "kept": stored / dense, "ranks": "global", "rank_multiple": 8,
-        "storage": "pivoted", "damping": 0.01,
+        "storage": "pivoted", "damping": 0.01, "guard": True,
         "stored": stored, "dense": dense, "model_stored": stored + 1000, "model_dense": dense + 1000,
         "predicts_loss": method == "gfwsvd", "seconds": 2.5, "layers": layers,
         "provenance": {"settings": {"unit": "token"}, "unreached": ["a", "b"], "data_sha256": "0f"},
     }  # fmt: skip
     return CompressionReport(**{**fields, **values})
+
+
+def test_the_report_says_by_which_metrics_layers_were_factored_and_which_are_stored_as_two_factors(tmp_path):
+    layers = [layer(f"model.layers.{number}.mlp.up_proj") for number in range(3)]
+    for number, choice in enumerate(("two-sided", "two-sided", "input-only")):
+        layers[number].metrics = choice
+        layers[number].heldout_losses = {"two-sided": 0.25, "input-only": 0.125}
+    layers[0].reason = "two factors: smaller at so low a rank"
+    write_report(tmp_path / "report.html", title="guard", reports=[report(layers)])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "3 layers were factored by these metrics: two-sided 2, input-only 1." in text
+    assert "lowers their summed loss from 0.75 to 0.625." in text
+    assert "1 of low rank stored as two factors: smaller at so low a rank." in text
+    assert "left dense" not in text
 
 
 def deep_report(depth: int, **values: object) -> CompressionReport:
