@@ -390,6 +390,21 @@ def sweep_command(
         print_values({"rows": str(out / "rows.jsonl"), "report": str(out / "report.html")}, json_output)
 
 
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_mendable
+def serve_command(
+    context: typer.Context,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a folder that gfwsvd compress wrote")],
+) -> None:
+    """Serve a compressed model to OpenAI clients, by transformers' own server. Requests name the model DIR.
+
+    Further options are those of `transformers serve`, such as --host, --port, --device, --dtype, --continuous-batching.
+    """
+    from .serve import serve
+
+    serve(directory, context.args)
+
+
 @app.command("inspect")
 @_mendable
 def inspect_command(

@@ -46,6 +46,7 @@ LAYERS = {
     "gfwsvd.options": 5,
     "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
+    "gfwsvd.serve": 5,
     "gfwsvd.cli": 5,
     "gfwsvd.__main__": 5,
     "gfwsvd": 5,
@@ -55,7 +56,7 @@ TOP = max(LAYERS.values())
 LIGHT = {"torch", "safetensors"}
 KERNELS = {"torch", "triton"}
 DECLARED = {
-    "accelerate", "datasets", "gguf", "matplotlib", "numpy", "rich", "safetensors", "torch", "transformers", "typer"
+    "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "torch", "transformers", "typer"
 }  # fmt: skip
 OPTIONAL = {"gfwsvd.tasks": {"lm_eval"}}  # an optional dependency has one module that knows it
 
