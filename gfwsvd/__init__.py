@@ -18,6 +18,7 @@ from .calibration import Statistics, calibrate
 from .compress import CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
+from .fuse import fuse
 from .layers import LowRankLinear
 from .methods import METHODS
 from .store import load_statistics, save_statistics
@@ -39,6 +40,7 @@ __all__ = [
     "calibrate",
     "compress",
     "evaluate",
+    "fuse",
     "load_model",
     "load_statistics",
     "load_text",

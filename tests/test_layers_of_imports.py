@@ -31,6 +31,7 @@ LAYERS = {
     "gfwsvd.calibration": 3,
     "gfwsvd.latency": 3,
     "gfwsvd.compress": 4,
+    "gfwsvd.fuse": 4,
     "gfwsvd.checkpoint": 4,
     "gfwsvd.store": 4,
     "gfwsvd.registration": 5,
@@ -56,7 +57,8 @@ TOP = max(LAYERS.values())
 LIGHT = {"torch", "safetensors"}
 KERNELS = {"torch", "triton"}
 DECLARED = {
-    "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "torch", "transformers", "typer"
+    "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "torch",
+    "transformers", "typer",
 }  # fmt: skip
 OPTIONAL = {"gfwsvd.tasks": {"lm_eval"}}  # an optional dependency has one module that knows it
 
