@@ -53,21 +53,21 @@ STEPS: dict[str, dict[str, Any]] = {
     "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
     "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
 }
-_PEERS = ("kfac, global, pivoted", "+ guard")
+_PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
 STUDIES = (
     Study("steps", 1, tuple(STEPS)),
-    Study("frontier", 1, ("svd_llm", *_PEERS), keeps=(0.9, 0.7, 0.5)),
-    Study("a tenth of the tokens", 1 / 10, _ONE),
-    Study("sampled labels", 1 / 10, _ONE, calibration=(("labels", "sampled"),)),
-    Study("unit sequence", 1 / 10, _ONE, calibration=(("unit", "sequence"),)),
-    Study("unit batch", 1 / 10, _ONE, calibration=(("unit", "batch"),)),
-    Study("no clipping", 1 / 10, _ONE, calibration=(("clip", 0.0),)),
-    Study("two sweeps", 1 / 10, _ONE, calibration=(("sweeps", 2),)),
-    Study("online", 1 / 10, _ONE, calibration=(("online", True),)),
+    Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
     Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
-    Study("other text", 1 / 4, _PEERS, other=True),
+    Study("a tenth of the tokens", 1 / 10, _ONE),
+    Study("sampled labels", 1 / 10, _ONE, calibration=(("labels", "sampled"),)),
+    Study("no clipping", 1 / 10, _ONE, calibration=(("clip", 0.0),)),
+    Study("unit sequence", 1 / 10, _ONE, calibration=(("unit", "sequence"),)),
+    Study("unit batch", 1 / 10, _ONE, calibration=(("unit", "batch"),)),
+    Study("online", 1 / 10, _ONE, calibration=(("online", True),)),
+    Study("two sweeps", 1 / 10, _ONE, calibration=(("sweeps", 2),)),
+    Study("other text", 1 / 10, _PEERS, other=True),
     Study("half the tokens", 1 / 2, _PEERS),
 )
 
