@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import demo, overhead, quality, record
+from benchmarks import ablation, demo, overhead, quality, record, serve
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,52 @@ def test_the_demonstration_compares_saves_reloads_and_reports(workspace, tmp_pat
     assert (out / "model" / "gfwsvd.json").exists() and "<svg" in (out / "report.html").read_text()
     assert (out / "notes.txt").read_text() == "mine"
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, monkeypatch, capsys):
+    text, results = workspace / "text.txt", tmp_path / "rows.jsonl"
+    (tmp_path / "other.txt").write_text(text.read_text())
+    options = ["--model", workspace / "model", "--calibration", text, "--other", tmp_path / "other.txt"]
+    options += [
+        "--evaluation",
+        text,
+        "--sequences",
+        24,
+        "--seq-len",
+        16,
+        "--window",
+        32,
+        "--limit",
+        2,
+        "--stats",
+        tmp_path / "stats",
+    ]
+    run(monkeypatch, ablation, *options, "--results", results)
+    rows = record.read(results)
+    expected = [
+        ("dense", 1.0),
+        *((step, keep) for study in ablation.STUDIES for keep in study.keeps for step in study.steps),
+    ]
+    assert sorted((row.get("step", "dense"), row["keep"]) for row in rows) == sorted(expected)
+    by_study = {row["study"]: row for row in rows[1:]}
+    assert by_study["unit sequence"]["calibration_options"] == {"unit": "sequence"}
+    assert by_study["half the tokens"]["calibration_tokens"] == 12 * 16
+    assert len({row["perplexity"] for row in rows}) > 20, "the settings make a difference"
+    run(monkeypatch, ablation, *options, "--results", results)
+    assert record.read(results) == rows
+    assert "unit sequence" in capsys.readouterr().out
+
+
+def test_the_serving_benchmark_measures_every_engine_at_the_same_sizes(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "rows.jsonl"
+    sizes = ("--keep", 0.8, "--batch", 1, 2, "--prompt", 4, "--new", 3, "--rounds", 1)
+    run(monkeypatch, serve, "--shape", "tiny", *sizes, "--engines", *serve.ENGINES, "--results", results)
+    rows = record.read(results)
+    assert [(row["engine"], row["batch"]) for row in rows] == [(name, n) for name in serve.ENGINES for n in (1, 2)]
+    weights = {row["engine"]: row["weights_bytes"] for row in rows}
+    assert weights["naive"] < weights["dense"] and weights["pivoted"] < weights["dense"]
+    assert all(row["decode_tokens_s"] > 0 and row["first_token_s"] > 0 for row in rows)
+    assert "decode" in capsys.readouterr().out
 
 
 def test_quality_adds_the_missing_rows_only(workspace, tmp_path, monkeypatch):

@@ -1,0 +1,190 @@
+"""Speed of generation: dense, two plain matrix products a layer, and our layers, side by side in one run.
+
+    python -m benchmarks.serve --results FILE                                            # SmolLM2-135M
+    python -m benchmarks.serve --shape llama-3.1-8b --dtype bfloat16 --device cuda --compile --results FILE
+
+Every low-rank engine stores the share `keep` of each linear layer, at uniform ranks, with random factors: speed does
+not depend on their values. "naive" is two `nn.Linear` in a row, "pivoted" the layer that checkpoints load, "fused" the
+same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. Prefill is one
+forward pass over the prompts and the first tokens; decoding is one token a step and sequence with the cache. With
+--compile, steps run through torch.compile with a static cache, in CUDA graphs on a GPU.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import gfwsvd
+from benchmarks import record
+from benchmarks.smollm2 import packaged_smollm2
+from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
+from gfwsvd.ranks import Candidate
+
+# From the published configurations
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256},
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128},
+}
+RANK_MULTIPLE = 8
+
+
+def _low_rank(
+    model: nn.Module, keep: float, make: Callable[[nn.Module, int], nn.Module], *, pivoted: bool
+) -> nn.Module:
+    for name, module in find_linears(model).items():
+        d_out, d_in = weight_shape(module)
+        rank = Candidate(d_out, d_in, torch.empty(0), pivoted).largest_within(int(keep * d_out * d_in))
+        layer = make(module, max(rank // RANK_MULTIPLE * RANK_MULTIPLE, 1))
+        for parameter in layer.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        model.set_submodule(name, layer)
+    return model
+
+
+def _two_products(module: nn.Module, rank: int) -> nn.Module:
+    (d_out, d_in), like = weight_shape(module), module.weight
+    options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    layers = (
+        nn.Linear(d_in, rank, bias=False, **options),
+        nn.Linear(rank, d_out, bias=module.bias is not None, **options),
+    )
+    return nn.Sequential(*layers)
+
+
+def _pivoted(module: nn.Module, rank: int) -> nn.Module:
+    (d_out, d_in), like = weight_shape(module), module.weight
+    options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    layer = LowRankLinear(d_in, d_out, rank, pivoted=True, bias=module.bias is not None, **options)
+    assert layer.order is not None
+    layer.order.copy_(torch.randperm(d_out))
+    return layer
+
+
+ENGINES: dict[str, Callable[[nn.Module, float], nn.Module]] = {
+    "dense": lambda model, keep: model,
+    "naive": lambda model, keep: _low_rank(model, keep, _two_products, pivoted=False),
+    "pivoted": lambda model, keep: _low_rank(model, keep, _pivoted, pivoted=True),
+    "fused": lambda model, keep: gfwsvd.fuse(_low_rank(model, keep, _pivoted, pivoted=True)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="see gfwsvd.load_model; default: SmolLM2-135M")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape in place of a model")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to decode after the first")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="default: all, on a CPU all but fused")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
+    arguments = parser.parse_args()
+
+    made = record.provenance()
+    on_cpu = torch.device(arguments.device).type == "cpu"
+    engines = arguments.engines or [name for name in ENGINES if not (on_cpu and name == "fused")]
+    dense, name = _model(arguments)
+    rows: list[dict[str, Any]] = []
+    for engine in engines:
+        for keep in [1.0] if engine == "dense" else arguments.keep:
+            model = ENGINES[engine](copy.deepcopy(dense), keep).eval()
+            for batch in arguments.batch:
+                row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
+                row |= {"prompt": arguments.prompt, "new": arguments.new, "dtype": arguments.dtype}
+                row |= {"compile": arguments.compile, **measure(model, batch, arguments)}
+                rows.append(row)
+                record.append(arguments.results, {**row, **made})
+            del model
+    Console().print(table(rows))
+
+
+def _model(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.shape is None:
+        source = arguments.model or str(packaged_smollm2())
+        model, _, name = gfwsvd.load_model(source, dtype=arguments.dtype, device=arguments.device)
+        return model, name
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(arguments.device):
+            return LlamaForCausalLM(LlamaConfig(**SHAPES[arguments.shape])), f"{arguments.shape}, random weights"
+    finally:
+        torch.set_default_dtype(default)
+
+
+@torch.inference_mode()
+def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up."""
+    from transformers import DynamicCache, StaticCache
+
+    device = torch.device(arguments.device)
+    ids = torch.randint(model.config.vocab_size, (batch, arguments.prompt), device=device)
+    step = torch.compile(model, mode="reduce-overhead") if arguments.compile else model
+    firsts, decodes = [], []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(arguments.rounds + 1):
+        length = arguments.prompt + arguments.new + 1
+        cache = StaticCache(model.config, max_cache_len=length) if arguments.compile else DynamicCache()
+        began = _now(device)
+        token = _next(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        first = _now(device)
+        for _ in range(arguments.new):
+            token = _next(step(input_ids=token, past_key_values=cache, use_cache=True)).clone()
+        firsts.append(first - began)
+        decodes.append(_now(device) - first)
+    first, decode = (statistics.median(values[1:]) for values in (firsts, decodes))
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return {
+        "first_token_s": first,
+        "prefill_tokens_s": batch * arguments.prompt / first,
+        "decode_tokens_s": batch * arguments.new / decode,
+        "weights_bytes": sum(tensors.values()),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def _next(output: Any) -> Tensor:
+    return output.logits[:, -1:].argmax(-1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Each row, and how much faster it is than the dense one of its batch where that was measured."""
+    dense = {row["batch"]: row for row in rows if row["engine"] == "dense"}
+    found = Table("engine", "keep", "batch", "first token, ms", "prefill, tokens/s", "decode, tokens/s", "weights, MB")
+    for row in rows:
+        cells = [f"{row['first_token_s'] * 1e3:.1f}"]
+        for phase in ("prefill_tokens_s", "decode_tokens_s"):
+            base = dense.get(row["batch"])
+            cells.append(f"{row[phase]:.1f}" + (f" ({row[phase] / base[phase]:.2f} x)" if base else ""))
+        found.add_row(row["engine"], f"{row['keep']}", str(row["batch"]), *cells, f"{row['weights_bytes'] / 1e6:.1f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
