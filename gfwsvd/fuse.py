@@ -69,8 +69,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Projections of one input (`SIBLINGS`: queries, keys and values, gate and up) share a call, every other low-rank
     layer has one of its own; on a GPU a call is one launch for up to 64 tokens. On a CPU it is correct but slower than
-    the layers as they were. Dense layers stay. Outputs are equal up to rounding. Afterwards the model can be moved to no
-    other device or dtype, and neither trained nor saved; the tensors of its low-rank layers are released.
+    the layers as they were. Dense layers stay. Outputs are equal up to rounding. Afterwards the model can be moved to
+    no other device or dtype, and neither trained nor saved; the tensors of its low-rank layers are released.
 
     Returns:
         `model`.

@@ -43,8 +43,12 @@ CHOICES: dict[str, tuple[Callable[[Metric, float | None], Metric], Callable[[Met
 }
 
 
+# The others are tried where the first loses so many times the share of the layer's loss that it predicts.
+SUSPICION = 2.0
+
+
 class Judged(NamedTuple):
-    """A decomposition, the choice of metrics it is of, and the losses of all choices by held-out tokens."""
+    """A decomposition, the choice of metrics it is of, and the losses by held-out tokens of the choices tried."""
 
     found: Decomposition
     choice: str
@@ -74,8 +78,11 @@ def judged_decomposition(
     name: str,
 ) -> Judged:
     """Decomposes `weight (D_OUT, D_IN)` by the metrics of a method or, where `guard` is on, both of them are full
-    matrices and there are held-out tokens, by the choice among `CHOICES` whose error at `rank` costs least there; by
-    another than the first only where that is certain.
+    matrices and held-out tokens raise suspicion, by the choice among `CHOICES` whose error at `rank` costs least there;
+    by another than the first only where that is certain.
+
+    Suspicious is an error that costs the held-out tokens more than `SUSPICION` times the share of what the whole weight
+    is worth to them that the metrics predict.
 
     Raises:
         GfwsvdError: as `decompose`.
@@ -92,6 +99,10 @@ def judged_decomposition(
         losses[choice] = costs.mean().item()
         if best is None:
             best, first = Judged(found, choice, losses), costs
+            energy = found.spectrum.square()
+            predicted = (energy[rank:].sum() / energy.sum()).item()
+            if losses[choice] <= SUSPICION * predicted * heldout_costs(weight.double(), stats).mean().item():
+                return best
         elif losses[choice] < losses[best.choice] and _is_certain(first - costs):
             best = Judged(found, choice, losses)
     assert best is not None
