@@ -312,16 +312,16 @@ def inspect_command(
         return
     table = Table(Column("layer", overflow="fold"), "kind", "rank", "stored", "dense", "predicted loss")
     for layer in found["layers"]:
-        loss = layer.get("predicted_loss")
+        loss = layer.get("predicted_loss")  # whatever a manifest of others says
         table.add_row(
             layer["name"],
             layer["kind"],
             str(layer["rank"] or ""),
             f"{layer['stored']:,}",
             f"{layer['dense']:,}",
-            "" if loss is None else f"{loss:.2e}",
+            f"{loss:.2e}" if isinstance(loss, float) else "",
         )
-    Console().print(table)
+    Console(markup=False).print(table)  # names are shown as they are
     print_values({key: value for key, value in found.items() if key != "layers"}, json_output)
 
 

@@ -5,6 +5,7 @@ process without gfwsvd it fails: the down factor lies where the dense weight is 
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,13 +59,15 @@ class GfwsvdQuantizer(HfQuantizer):
         section = self.quantization_config.to_dict()
         entries = checkpoint.parse_section(section)
         places = {name: place for name in entries if (place := _find_module(model, name)) is not None}
+        if len(set(places.values())) < len(places):
+            twice = next(place for place, count in Counter(places.values()).items() if count > 1)
+            raise GfwsvdError(f"config.json: layer {twice} is listed under two names; the file was changed")
         modules = {name: model.get_submodule(place) for name, place in places.items()}
         for name, module in modules.items():
             if not is_linear(module):
                 raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
         if checkpoint_files is not None:
-            shapes = {name: _shape(module) for name, module in modules.items()}
-            _check_files([Path(file) for file in checkpoint_files], entries, shapes)
+            _check_files(model.name_or_path, [Path(file) for file in checkpoint_files], entries, modules)
         for name, module in modules.items():
             if (rank := entries[name].rank) is not None:
                 d_out, d_in = _shape(module)
@@ -120,10 +123,18 @@ def _find_module(model: "PreTrainedModel", name: str) -> str | None:
     return None
 
 
-def _check_files(files: list[Path], entries: dict[str, checkpoint.Entry], shapes: dict[str, tuple[int, int]]) -> None:
-    """Headers first, then the digests where the manifest lies beside."""
-    checkpoint.check_layers(entries, read_headers(files), shapes=shapes)
+def _check_files(
+    source: str, files: list[Path], entries: dict[str, checkpoint.Entry], modules: dict[str, nn.Module]
+) -> None:
+    """Places first, then headers, then the digests where the manifest lies beside."""
     folder = files[0].parent
+    for file in map(os.path.abspath, files):
+        inside = not os.path.isdir(source) or Path(file).is_relative_to(os.path.abspath(source))
+        if not inside or os.path.dirname(file) != os.path.abspath(folder):
+            raise GfwsvdError(f"the index of {source} leads out of the folder, to {file}; the file was changed")
+    shapes = {name: _shape(module) for name, module in modules.items()}
+    biased = {name for name, module in modules.items() if module.bias is not None}
+    checkpoint.check_layers(entries, read_headers(files), shapes=shapes, biased=biased)
     digests = checkpoint.read_manifest(folder).get("sha256", {})
     check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
 
