@@ -170,18 +170,29 @@ def save_pretrained(
     section = _section(model, details)
     with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
         _set_section(model, section)
-        try:
-            # In the names of the modules, not in those of the dense checkpoint that transformers may know for them.
-            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except ValueError as error:  # such as a generation config that contradicts itself
-            raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+        write_model(model, folder, tokenizer, max_shard_size=max_shard_size)
         files = checkpoint.checkpoint_files(folder)
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
         digests = {file.name: sha256_file(file) for file in files}
         manifest = {"format_version": checkpoint.FORMAT_VERSION, "sha256": digests, "report": details}
         write_json(folder / checkpoint.MANIFEST, sealed(manifest))
+
+
+def write_model(
+    model: "PreTrainedModel",
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """What transformers writes of a model, into a folder of `atomic_folder`; GfwsvdError where it refuses."""
+    try:
+        # In the names of the modules, not in those of the dense checkpoint that transformers may know for them.
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except ValueError as error:  # such as a generation config that contradicts itself
+        raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
 
 
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:
