@@ -17,9 +17,11 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
+from .card import model_card
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
@@ -150,10 +152,10 @@ def save_pretrained(
 ) -> None:
     """Write a compressed model as a transformers folder that `from_pretrained` reads back bit by bit.
 
-    The folder holds safetensors files, config, generation config, tokenizer if given, and the manifest `gfwsvd.json`
-    with the report and a digest of every tensor file; `from_pretrained` refuses files that differ from their digest. It
-    appears whole or not at all. The configuration of `model` gets the format section too, so that a later
-    `model.save_pretrained` writes a loadable folder, without manifest.
+    The folder holds safetensors files, config, generation config, tokenizer if given, a model card `README.md` as the
+    hub wants it, and the manifest `gfwsvd.json` with the report and a digest of every tensor file; `from_pretrained`
+    refuses files that differ from their digest. It appears whole or not at all. The configuration of `model` gets the
+    format section too, so that a later `model.save_pretrained` writes a loadable folder, without manifest.
 
     Args:
         model: a transformers model some of whose linear layers are `LowRankLinear`.
@@ -171,6 +173,9 @@ def save_pretrained(
     with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
         _set_section(model, section)
         write_model(model, folder, tokenizer, max_shard_size=max_shard_size)
+        auto_class = "AutoModelForCausalLM" if model.can_generate() else type(model).__name__
+        card = model_card(details, auto_class=auto_class, base_card=_base_card(model.name_or_path))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         files = checkpoint.checkpoint_files(folder)
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
         digests = {file.name: sha256_file(file) for file in files}
@@ -193,6 +198,15 @@ def write_model(
             tokenizer.save_pretrained(folder)
     except ValueError as error:  # such as a generation config that contradicts itself
         raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+
+
+def _base_card(source: str) -> str:
+    """The card of the model that was loaded from `source`, as far as it lies on this machine; else ""."""
+    try:
+        found = cached_file(source, "README.md", local_files_only=True) if source else None
+        return Path(found).read_text(encoding="utf-8") if found else ""
+    except (OSError, ValueError):  # not there, no name at all, or no text
+        return ""
 
 
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:

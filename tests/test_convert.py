@@ -306,6 +306,7 @@ class Bomb:
 @pytest.mark.parametrize(
     "what", ["a whole model", "a bomb", "a plain pickle bomb", "a list", "numbers", "junk", "none"]
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(tmp_path, base, what):
     source = tmp_path / "model.pt"
     match what:

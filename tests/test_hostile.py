@@ -196,6 +196,17 @@ def test_inspect_shows_what_a_manifest_says_without_obeying_it(originals, folder
     assert result.exit_code == 0 and "[/x] [link=file:///etc/passwd]" in result.stdout.replace("\n", "")
 
 
+def test_of_two_equal_keys_the_last_counts_for_every_reader(originals, folder):
+    text = (folder / "config.json").read_text()
+    first = text.replace('"layers": {', '"layers": {}, "layers": {', 1)
+    last = text.replace('"layers": {', '"layers": {"nowhere": {"kind": "dense"}}, "layers": {', 1)
+    assert first.count('"layers"') == last.count('"layers"') == 2
+    for changed in (first, last):
+        (folder / "config.json").write_text(changed)
+        assert len(inspect(folder)["layers"]) == 14
+        assert torch.equal(logits(load(folder)), logits(load(originals / "llama")))
+
+
 def test_a_header_longer_than_its_file_and_a_shape_beyond_memory_are_refused(tmp_path):
     file = tmp_path / "x.safetensors"
     for length, shape, size in ((1 << 62, [1], 4), (None, [1 << 40, 1 << 40], 4), (None, [1 << 40], 4)):

@@ -30,6 +30,7 @@ LAYERS = {
     "gfwsvd.compress": 4,
     "gfwsvd.checkpoint": 4,
     "gfwsvd.store": 4,
+    "gfwsvd.card": 4,
     "gfwsvd.registration": 5,
     "gfwsvd.hf": 5,
     "gfwsvd.convert": 5,
