@@ -13,8 +13,9 @@ and a digest of itself.
 
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,6 +27,11 @@ from .ranks import stored
 FORMAT_VERSION = 1
 QUANT_METHOD = "gfwsvd"
 MANIFEST = "gfwsvd.json"
+
+_SECTION_KEYS = {"quant_method", "format_version", "method", "keep", "kept", "layers"}
+_MOST_LAYERS = 1 << 16  # of a section; transformers copies it several times
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_DTYPES = {"weight": _FLOATS, "up": _FLOATS, "bias": _FLOATS, "order": {"I32"}}
 
 
 class Entry(NamedTuple):
@@ -51,8 +57,10 @@ class StoredLayer(NamedTuple):
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a transformers folder, one or the shards that its index names.
 
+    A file may be a link, as all are in the hub's cache, but an index cannot lead out of the folder.
+
     Raises:
-        GfwsvdError: when there is neither, or the index is not one.
+        GfwsvdError: when there is neither, or the index is not one or names something else than files beside it.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -62,6 +70,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise GfwsvdError(f"{index} has no weight_map of tensor names to files")
+    for name in set(weight_map.values()):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            raise GfwsvdError(f"{index} should name .safetensors files beside it, got {name[:200]!r}")
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
@@ -69,7 +80,8 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
     """What a format section says of each layer that it lists.
 
     Raises:
-        GfwsvdError: when the section is of another method or version, or a layer of it of an unknown kind or no rank.
+        GfwsvdError: when the section is of another method or version, or says something that no gfwsvd writes: unknown
+            keys, sizes that are no shares, names that no module has, a layer of an unknown kind or without a rank.
     """
     if section.get("quant_method") != QUANT_METHOD:
         raise GfwsvdError(f"config.json: quant_method should be {QUANT_METHOD!r}, got {section.get('quant_method')!r}")
@@ -78,13 +90,24 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
             f"this gfwsvd reads checkpoints of format_version {FORMAT_VERSION}, got "
             f"{section.get('format_version')!r}; use the gfwsvd that wrote the checkpoint, or a newer one"
         )
+    if unknown := sorted(section.keys() - _SECTION_KEYS):
+        raise GfwsvdError(f"config.json: quantization_config has keys of no meaning: {', '.join(map(repr, unknown))}")
+    if not isinstance(method := section.get("method"), str) or not re.fullmatch(r"[\w.+-]{1,64}", method):
+        raise GfwsvdError(f"config.json: method should be a name, got {method!r:.200}")
+    for key in ("keep", "kept"):  # two factors of any rank store no more than twice the weight
+        value = section.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 2:
+            raise GfwsvdError(f"config.json: {key} should be a share of parameters, got {value!r:.200}")
     layers = section.get("layers")
-    if not isinstance(layers, dict):
+    if not isinstance(layers, dict) or len(layers) > _MOST_LAYERS:
         raise GfwsvdError(
-            "config.json: quantization_config should list the layers in an object `layers`; the file was changed"
+            f"config.json: quantization_config should list the layers, {_MOST_LAYERS} at most, in an object `layers`; "
+            "the file was changed"
         )
     entries: dict[str, Entry] = {}
     for name, entry in layers.items():
+        if not name.isprintable() or not all(name.split(".")):
+            raise GfwsvdError(f"config.json: expected names of modules in `layers`, got {name!r:.200}")
         match entry:
             case {"kind": "dense"}:
                 entries[name] = Entry("dense", None)
@@ -93,7 +116,7 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
             case _:
                 raise GfwsvdError(
                     f"config.json: layer {name}: expected kind 'lowrank' or 'pivoted' with a positive rank, or kind "
-                    f"'dense', got {entry!r}; the file was changed, or a newer gfwsvd wrote it"
+                    f"'dense', got {entry!r:.200}; the file was changed, or a newer gfwsvd wrote it"
                 )
     return entries
 
@@ -103,6 +126,7 @@ def check_layers(
     tensors: Mapping[str, TensorInfo],
     *,
     shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    biased: Collection[str] = (),
 ) -> dict[str, StoredLayer]:
     """Check that every layer's tensors are there and fit together, and count their parameters.
 
@@ -110,10 +134,11 @@ def check_layers(
         entries: what `parse_section` returns.
         tensors: what `read_headers` returns.
         shapes: (D_OUT, D_IN) of those low-rank layers that a model is to be filled with.
+        biased: the layers among them that have a bias in the model.
 
     Raises:
-        GfwsvdError: when a tensor is missing, has another shape, or is a factor of a layer that is not a low-rank one;
-            the message names file and tensor.
+        GfwsvdError: when a tensor is missing, has another shape or type, or is a factor of a layer that is not a
+            low-rank one; the message names file and tensor.
     """
     checked: dict[str, StoredLayer] = {}
     for name, entry in entries.items():
@@ -126,13 +151,18 @@ def check_layers(
         found = {"weight": weight, "up": _tensor(tensors, f"{name}.up", dimensions=2)}
         if entry.pivoted:
             found["order"] = _tensor(tensors, f"{name}.order", dimensions=1)
+        if name in biased:
+            found["bias"] = _tensor(tensors, f"{name}.bias", dimensions=1)
         outputs = found["order" if entry.pivoted else "up"].shape[0]
         d_out, d_in = shapes.get(name, (outputs, weight.shape[1]))
         if rank > min(d_out - entry.pivoted, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
         rows = d_out - rank if entry.pivoted else d_out
-        expected_shapes = {"weight": (rank, d_in), "up": (rows, rank), "order": (d_out,)}
+        expected_shapes = {"weight": (rank, d_in), "up": (rows, rank), "order": (d_out,), "bias": (d_out,)}
         for leaf, info in found.items():
+            if info.dtype not in _DTYPES[leaf]:
+                types = ", ".join(sorted(_DTYPES[leaf]))
+                raise GfwsvdError(f"{info.file}: {name}.{leaf} should be of type {types}, got {info.dtype}")
             if info.shape != (expected := expected_shapes[leaf]):
                 raise GfwsvdError(
                     f"{info.file}: {name}.{leaf} should be {expected} by config.json, got {info.shape}; "
@@ -166,13 +196,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, {} where it has none (it was saved again by transformers).
 
     Raises:
-        GfwsvdError: when it was cut short or changed.
+        GfwsvdError: when it was cut short or changed, or is none.
     """
     if not (folder / MANIFEST).exists():
         return {}
     manifest = read_json(folder / MANIFEST)
     check_seal(folder / MANIFEST, manifest)
-    return manifest
+    match manifest:
+        case {"sha256": dict(), "report": {"layers": list(layers), "provenance": dict()}}:
+            if all(isinstance(layer, dict) and isinstance(layer.get("name"), str) for layer in layers):
+                return manifest
+    raise GfwsvdError(f"{folder / MANIFEST} holds no digests and report as gfwsvd writes them; compress anew")
 
 
 def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -197,7 +231,7 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     layers = check_layers(parse_section(section), tensors)
     report = read_manifest(folder).get("report", {})
     details = {entry["name"]: entry for entry in report.get("layers", ())}
-    names = sorted(layers, key=list(details).index) if details.keys() >= layers.keys() else list(layers)
+    names = [name for name in details if name in layers] if details.keys() >= layers.keys() else list(layers)
     sizes, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))
     model_stored = sum(math.prod(info.shape) for info in tensors.values())
     return {

@@ -1,4 +1,4 @@
-"""The command `gfwsvd`: calibrate, compress, latency, eval, sweep, inspect."""
+"""The command `gfwsvd`: calibrate, compress, convert, latency, eval, sweep, serve, inspect."""
 
 import functools
 import platform
@@ -280,6 +280,42 @@ def compress_command(
     print_values(_summary(result, out), json_output)
 
 
+@app.command("convert")
+@_mendable
+def convert_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="a folder of gfwsvd compress, or factors that others published")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where to write the converted model")],
+    to_dense: Annotated[
+        bool, typer.Option("--merge", help="multiply the factors of gfwsvd's own form out: an ordinary dense model")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="the dense model whose factors, by others, SOURCE holds"),
+    ] = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+) -> None:
+    """Write a compressed model in another form: dense again, or from the factors of other projects to gfwsvd's form.
+
+    With --base, SOURCE is a .safetensors file, a state dict saved with torch.save, or a folder of either, with the
+    tensor names of SVD-LLM, ASVD, LEMS or PIFA. Pickled models are refused: to read one is to run its code.
+    """
+    if to_dense == (base is not None):
+        raise GfwsvdError("give either --merge, to make a dense model, or --base MODEL, to read what others published")
+    _check_dtype(dtype)
+    from .convert import import_published, merge
+
+    if base is None:
+        merged = merge(source, out, dtype=dtype, overwrite=overwrite, track=bar)
+        print_values({"out": str(out), "merged_layers": merged}, json_output)
+    else:
+        result = import_published(source, out, base=base, dtype=dtype, overwrite=overwrite, track=bar)
+        print_values(_summary(result, out), json_output)
+
+
 @app.command("latency")
 @_mendable
 def latency_command(
@@ -418,16 +454,16 @@ def inspect_command(
         return
     table = Table(Column("layer", overflow="fold"), "kind", "rank", "stored", "dense", "predicted loss")
     for layer in found["layers"]:
-        loss = layer.get("predicted_loss")
+        loss = layer.get("predicted_loss")  # whatever a manifest of others says
         table.add_row(
             layer["name"],
             layer["kind"],
             str(layer["rank"] or ""),
             f"{layer['stored']:,}",
             f"{layer['dense']:,}",
-            "" if loss is None else f"{loss:.2e}",
+            f"{loss:.2e}" if isinstance(loss, float) else "",
         )
-    Console().print(table)
+    Console(markup=False).print(table)  # names are shown as they are
     print_values({key: value for key, value in found.items() if key != "layers"}, json_output)
 
 

@@ -83,6 +83,7 @@ class CompressionReport:
         seconds: wall time of the factorisation, calibration aside.
         provenance: where the numbers come from: calibration data, settings, latency table, versions.
         time_kept: their time now over that before, as the latency table predicts it; None without one.
+        guard: whether held-out tokens could change the metrics of a layer.
     """
 
     method: str
@@ -92,7 +93,6 @@ class CompressionReport:
     rank_multiple: int
     storage: str
     damping: float
-    guard: bool
     stored: int
     dense: int
     model_stored: int
@@ -102,6 +102,7 @@ class CompressionReport:
     layers: list[LayerReport]
     provenance: dict[str, Any]
     time_kept: float | None = None
+    guard: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""

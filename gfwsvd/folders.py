@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -231,7 +232,10 @@ def check_seal(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _seal(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, default=str)  # what JSON has no form for is for `write_json` to refuse
+    try:
+        text = json.dumps(value, default=str)  # what JSON has no form for is for `write_json` to refuse
+    except RecursionError as error:
+        raise GfwsvdError("cannot take the digest of JSON values that are nested so deeply") from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -245,17 +249,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        GfwsvdError: when there is no such file or it does not hold one JSON object.
+        GfwsvdError: when there is no such file or it does not hold one JSON object of finite numbers.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise GfwsvdError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GfwsvdError(f"{path} is not JSON, it was cut short or changed: {error}") from error
     if not isinstance(value, dict):
         raise GfwsvdError(f"{path} should hold one JSON object, got {type(value).__name__}")
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInfo]:

@@ -5,19 +5,23 @@ process without gfwsvd it fails: the down factor lies where the dense weight is 
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
+from .card import model_card
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
@@ -57,13 +61,15 @@ class GfwsvdQuantizer(HfQuantizer):
         section = self.quantization_config.to_dict()
         entries = checkpoint.parse_section(section)
         places = {name: place for name in entries if (place := _find_module(model, name)) is not None}
+        if len(set(places.values())) < len(places):
+            twice = next(place for place, count in Counter(places.values()).items() if count > 1)
+            raise GfwsvdError(f"config.json: layer {twice} is listed under two names; the file was changed")
         modules = {name: model.get_submodule(place) for name, place in places.items()}
         for name, module in modules.items():
             if not is_linear(module):
                 raise GfwsvdError(f"config.json: layer {name} is no linear layer here, but {type(module).__name__}")
         if checkpoint_files is not None:
-            shapes = {name: weight_shape(module) for name, module in modules.items()}
-            _check_files([Path(file) for file in checkpoint_files], entries, shapes)
+            _check_files(model.name_or_path, [Path(file) for file in checkpoint_files], entries, modules)
         for name, module in modules.items():
             if (rank := entries[name].rank) is not None:
                 d_out, d_in = weight_shape(module)
@@ -114,10 +120,18 @@ def _find_module(model: "PreTrainedModel", name: str) -> str | None:
     return None
 
 
-def _check_files(files: list[Path], entries: dict[str, checkpoint.Entry], shapes: dict[str, tuple[int, int]]) -> None:
-    """Headers first, then the digests where the manifest lies beside."""
-    checkpoint.check_layers(entries, read_headers(files), shapes=shapes)
+def _check_files(
+    source: str, files: list[Path], entries: dict[str, checkpoint.Entry], modules: dict[str, nn.Module]
+) -> None:
+    """Places first, then headers, then the digests where the manifest lies beside."""
     folder = files[0].parent
+    for file in map(os.path.abspath, files):
+        inside = not os.path.isdir(source) or Path(file).is_relative_to(os.path.abspath(source))
+        if not inside or os.path.dirname(file) != os.path.abspath(folder):
+            raise GfwsvdError(f"the index of {source} leads out of the folder, to {file}; the file was changed")
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
+    biased = {name for name, module in modules.items() if module.bias is not None}
+    checkpoint.check_layers(entries, read_headers(files), shapes=shapes, biased=biased)
     digests = checkpoint.read_manifest(folder).get("sha256", {})
     check_digests(folder, {file.name: digests[file.name] for file in files if file.name in digests})
 
@@ -133,10 +147,10 @@ def save_pretrained(
 ) -> None:
     """Write a compressed model as a transformers folder that `from_pretrained` reads back bit by bit.
 
-    The folder holds safetensors files, config, generation config, tokenizer if given, and the manifest `gfwsvd.json`
-    with the report and a digest of every tensor file; `from_pretrained` refuses files that differ from their digest. It
-    appears whole or not at all. The configuration of `model` gets the format section too, so that a later
-    `model.save_pretrained` writes a loadable folder, without manifest.
+    The folder holds safetensors files, config, generation config, tokenizer if given, a model card `README.md` as the
+    hub wants it, and the manifest `gfwsvd.json` with the report and a digest of every tensor file; `from_pretrained`
+    refuses files that differ from their digest. It appears whole or not at all. The configuration of `model` gets the
+    format section too, so that a later `model.save_pretrained` writes a loadable folder, without manifest.
 
     Args:
         model: a transformers model some of whose linear layers are `LowRankLinear`.
@@ -153,18 +167,41 @@ def save_pretrained(
     section = _section(model, details)
     with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
         _set_section(model, section)
-        try:
-            # In the names of the modules, not in those of the dense checkpoint that transformers may know for them.
-            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except ValueError as error:  # such as a generation config that contradicts itself
-            raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+        write_model(model, folder, tokenizer, max_shard_size=max_shard_size)
+        auto_class = "AutoModelForCausalLM" if model.can_generate() else type(model).__name__
+        card = model_card(details, auto_class=auto_class, base_card=_base_card(model.name_or_path))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         files = checkpoint.checkpoint_files(folder)
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
         digests = {file.name: sha256_file(file) for file in files}
         manifest = {"format_version": checkpoint.FORMAT_VERSION, "sha256": digests, "report": details}
         write_json(folder / checkpoint.MANIFEST, sealed(manifest))
+
+
+def write_model(
+    model: "PreTrainedModel",
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """What transformers writes of a model, into a folder of `atomic_folder`; GfwsvdError where it refuses."""
+    try:
+        # In the names of the modules, not in those of the dense checkpoint that transformers may know for them.
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except ValueError as error:  # such as a generation config that contradicts itself
+        raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+
+
+def _base_card(source: str) -> str:
+    """The card of the model that was loaded from `source`, as far as it lies on this machine; else ""."""
+    try:
+        found = cached_file(source, "README.md", local_files_only=True) if source else None
+        return Path(found).read_text(encoding="utf-8") if found else ""
+    except (OSError, ValueError):  # not there, no name at all, or no text
+        return ""
 
 
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def print_values(values: dict[str, Any], json_output: bool) -> None:
     for key, value in values.items():
         if value is not None:
             table.add_row(key.replace("_", " "), plain(value))
-    Console().print(table)
+    Console(markup=False).print(table)  # values are shown as they are
 
 
 def plain(value: Any) -> str:

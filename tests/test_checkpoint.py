@@ -41,6 +41,7 @@ def test_inspect_counts_what_the_headers_say(tmp_path):
         "method": "svd",
         "keep": 0.5,
         "kept": 0.4,
+        "time_kept": None,
         "kinds": {"lowrank": 1, "dense": 1},
         "stored": 2 * (8 + 6) + 15,
         "dense": 48 + 15,

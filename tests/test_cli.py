@@ -79,7 +79,7 @@ def test_compress_calibrates_on_a_text_as_calibrate_does(workspace, tmp_path):
 
 
 def test_every_command_explains_itself():
-    for command in ("calibrate", "compress", "eval", "inspect"):
+    for command in ("calibrate", "compress", "convert", "eval", "inspect", "sweep"):
         assert "--json" in run(command, "--help").stdout
         assert command in run("--help").stdout
 
