@@ -49,7 +49,8 @@ def embeddings(model: nn.Module, batch: Batch) -> Tensor:
 def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Nats that each query of the batch needs to name its partner among all partners there, (B / 2,)."""
     queries, partners = embeddings(model, batch).unflatten(0, (-1, 2)).unbind(1)
-    return F.cross_entropy(SCALE * queries @ partners.T, torch.arange(len(queries)), reduction="none")
+    right = torch.arange(len(queries), device=queries.device)
+    return F.cross_entropy(SCALE * queries @ partners.T, right, reduction="none")
 
 
 @torch.inference_mode()
@@ -117,7 +118,7 @@ def main() -> None:
     statistics = frontier.statistics_in(arguments.stats, model, batches, **options)
     about = {
         "benchmark": "encoder",
-        "model": name,
+        "model": name if arguments.model else "all-MiniLM-L6-v2",  # its folder has no name of its own
         "pairs": Path(arguments.pairs).name,
         "calibration_pairs": len(calibration),
         "calibration_sha256": statistics.data_sha256,

@@ -93,7 +93,8 @@ def calibrate(
             0 for no limit.
         labels: "empirical" takes the data's next tokens, "sampled" draws them from the model's own distribution.
         exclude: regular expressions; a layer whose name one of them matches is not collected.
-        loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy.
+        loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy. With padding,
+            it runs the model once on all rows of the batch: texts that it compares are rows of one batch.
         track: wraps the batches of each pass to show progress.
 
     Raises:
