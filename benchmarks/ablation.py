@@ -20,7 +20,7 @@ from rich.table import Table
 
 import gfwsvd
 from benchmarks import record
-from benchmarks.smollm2 import packaged_smollm2
+from benchmarks.packaged import packaged_smollm2
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run, compressed_rows, dense_row
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gfwsvd
-from benchmarks.smollm2 import packaged_smollm2
+from benchmarks.packaged import packaged_smollm2
 from gfwsvd.compress import CompressionReport
 from gfwsvd.evaluate import generate_sample
 from gfwsvd.folders import check_output_folder

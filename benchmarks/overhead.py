@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 import gfwsvd
 from benchmarks import record
-from benchmarks.smollm2 import packaged_smollm2
+from benchmarks.packaged import packaged_smollm2
 from gfwsvd.calibration import Batch
 from gfwsvd.hooks import frozen
 from gfwsvd.progress import bar

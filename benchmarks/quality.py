@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 
 import gfwsvd
-from benchmarks import record
-from benchmarks.smollm2 import packaged_smollm2
-from gfwsvd.calibration import data_sha256
+from benchmarks import frontier, record
+from benchmarks.packaged import packaged_smollm2
 from gfwsvd.progress import bar
 from gfwsvd.ranks import RANKS, STORAGE
 from gfwsvd.sweep import all_runs, comparison, compressed_rows, dense_row
@@ -53,11 +52,7 @@ def main() -> None:
         batch_size=4,
         seed=0,
     )
-    if not arguments.stats.exists():
-        gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar), arguments.stats)
-    statistics, _ = gfwsvd.load_statistics(arguments.stats)
-    if statistics.data_sha256 != data_sha256(batches):
-        raise SystemExit(f"{arguments.stats} is not of this text, --sequences and --seq-len; name another directory")
+    statistics = frontier.statistics_in(arguments.stats, model, batches)
     windows = gfwsvd.windows(
         gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
     )
@@ -72,34 +67,22 @@ def main() -> None:
         "windows": list(windows.shape),
         "evaluation_dtype": arguments.dtype,
     }
-    rows = _rows(arguments.results, about)
-    done = {(row["method"], row.get("ranks"), row["keep"], _storage(row)) for row in rows}
-    if not any(row["method"] == "dense" for row in rows):
-        record.append(arguments.results, {**dense_row(model, windows, track=bar, dtype=dtype), **about, **made})
-    runs = [
-        run
-        for run in all_runs(arguments.methods, arguments.ranks, arguments.keep, arguments.storage)
-        if (run.method, run.ranks, run.keep, run.storage) not in done
-    ]
-    for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype):
-        record.append(arguments.results, {**row, **about, **made})
-        print(f"{row['name']}, keep {row['keep']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}", flush=True)
-    rows = _rows(arguments.results, about)
+    rows = frontier.complete(
+        arguments.results,
+        about,
+        made,
+        all_runs(arguments.methods, arguments.ranks, arguments.keep, arguments.storage),
+        dense=lambda: dense_row(model, windows, track=bar, dtype=dtype),
+        compressed=lambda runs: (
+            row for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype)
+        ),
+        shown=("perplexity", "kl"),
+    )
     Console().print(comparison(sorted(rows, key=lambda row: (-row["keep"], row["perplexity"]))))
     if arguments.plot is not None:
         plot(rows, arguments.plot)
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(rows), encoding="utf-8")
-
-
-def _rows(results: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `results` that were made with the same model, texts and settings."""
-    return [row for row in record.read(results) if all(row.get(key) == value for key, value in about.items())]
-
-
-def _storage(row: dict[str, Any]) -> str:
-    """How the low-rank layers of a row are stored; rows from before there was a choice have two factors."""
-    return row.get("storage", "factors")
 
 
 def _series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -108,23 +91,20 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         f"{method}{', two factors' if storage == 'factors' else ''}": found
         for method in gfwsvd.METHODS
         for storage in STORAGE
-        if (found := [row for row in rows if (row["method"], _storage(row)) == (method, storage)])
+        if (found := [row for row in rows if (row["method"], frontier.storage(row)) == (method, storage)])
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Perplexity and KL to the dense model: rows by method and storage, columns by allocation and ratio."""
-    dense = next(row for row in rows if row["method"] == "dense")
+    dense = frontier.dense_of(rows)
     found = {(row["ranks"], row["keep"]) for row in rows if row is not dense}
     columns = sorted(found, key=lambda column: (RANKS.index(column[0]), -column[1]))
-    lines = [
-        f"| dense {dense['perplexity']:.2f} | {' | '.join(f'{ranks} {keep}' for ranks, keep in columns)} |",
-        f"|---|{'---|' * len(columns)}",
-    ]
-    for name, series in _series(rows).items():
-        cells = {(row["ranks"], row["keep"]): f"{_figure(row['perplexity'])} ({row['kl']:.2f})" for row in series}
-        lines.append(f"| {name} | {' | '.join(cells.get(column, '') for column in columns)} |")
-    return "\n".join(lines) + "\n"
+    cells = {
+        name: {f"{row['ranks']} {row['keep']}": f"{_figure(row['perplexity'])} ({row['kl']:.2f})" for row in series}
+        for name, series in _series(rows).items()
+    }
+    return frontier.markdown(f"dense {dense['perplexity']:.2f}", [f"{ranks} {keep}" for ranks, keep in columns], cells)
 
 
 def _figure(perplexity: float) -> str:
@@ -133,23 +113,18 @@ def _figure(perplexity: float) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity against the kept share, one line per method and storage, one panel per rank allocation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(RANKS), figsize=(9, 4), sharey=True, layout="constrained")
-    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
-    for panel, ranks in zip(panels, RANKS, strict=True):
-        for name, series in _series(rows).items():
-            points = sorted((row["kept"], row["perplexity"]) for row in series if row["ranks"] == ranks)
-            if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.axhline(dense, color="gray", linestyle=":", label="dense")
-        panel.set(yscale="log", xlabel="weights kept in the linear layers", title=f"{ranks} ranks")
-    panels[0].set_ylabel("perplexity")
-    panels[-1].legend()
-    figure.savefig(path)
+    dense = frontier.dense_of(rows)["perplexity"]
+    panels = {
+        f"{ranks} ranks": (
+            dense,
+            {
+                name: [(row["kept"], row["perplexity"]) for row in series if row["ranks"] == ranks]
+                for name, series in _series(rows).items()
+            },
+        )
+        for ranks in RANKS
+    }
+    frontier.plot(panels, path, ylabel="perplexity", yscale="log")
 
 
 if __name__ == "__main__":

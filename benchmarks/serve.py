@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import gfwsvd
 from benchmarks import record
-from benchmarks.smollm2 import packaged_smollm2
+from benchmarks.packaged import packaged_smollm2
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.ranks import Candidate
 

@@ -108,7 +108,8 @@ def calibrate(
             gradients are collected.
         start: earlier statistics whose Kronecker factors the power iteration goes on from, in place of the identity.
         exclude: regular expressions; a layer whose name one of them matches is not collected.
-        loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy.
+        loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy. With padding,
+            it runs the model once on all rows of the batch: texts that it compares are rows of one batch.
         track: wraps the batches of each pass to show progress.
 
     Raises:

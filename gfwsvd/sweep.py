@@ -79,22 +79,32 @@ def compressed_rows(
 ) -> Iterator[tuple[dict[str, Any], CompressionReport]]:
     """Compresses a copy of `model` for each run and evaluates it; yields its row and its report as they come.
 
-    Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
-
     Args:
+        runs: see `compressed_models`.
         dtype: of the models when they are evaluated, the dense one too; default: the model's own.
         keep_model: called with each compressed model; what it returns is evaluated in its place.
     """
     reference = None
-    for run in runs:
+    for run, compressed, report, row in compressed_models(model, statistics, runs, track=track):
         reference = reference or ReferenceLogits(copy.deepcopy(model).to(dtype), windows, track=track)
-        compressed = copy.deepcopy(model)
-        began = time.perf_counter()
-        report = compress(compressed, **asdict(run), rank_multiple=1, statistics=statistics, track=track)
-        compress_seconds = time.perf_counter() - began
         if keep_model is not None:
             compressed = keep_model(run, compressed, report)
         found = evaluate(compressed.to(dtype), windows, reference=reference, track=track).to_json()
+        yield {**row, **found}, report
+
+
+def compressed_models(
+    model: nn.Module, statistics: Statistics, runs: Iterable[Run], *, track: Track = silent
+) -> Iterator[tuple[Run, nn.Module, CompressionReport, dict[str, Any]]]:
+    """Compresses a copy of `model` for each run; yields the run, the copy, its report, and what a row says of it before
+    any evaluation, as they come.
+
+    Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
+    """
+    for run in runs:
+        compressed = copy.deepcopy(model)
+        began = time.perf_counter()
+        report = compress(compressed, **asdict(run), rank_multiple=1, statistics=statistics, track=track)
         row = {
             "name": run.name,
             **asdict(run),
@@ -102,10 +112,9 @@ def compressed_rows(
             "stored": report.stored,
             "model_stored": report.model_stored,
             "predicted_loss": sum(layer.predicted_loss for layer in report.layers) if report.predicts_loss else None,
-            "compress_seconds": compress_seconds,
-            **found,
+            "compress_seconds": time.perf_counter() - began,
         }
-        yield row, report
+        yield run, compressed, report, row
 
 
 def sweep(

@@ -1,5 +1,6 @@
 """Texts for calibration and evaluation: files, datasets on the hub, and the text that comes with Python."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +43,7 @@ def load_text(spec: str) -> str:
     elif (file_and_field := _local_file(spec)) is not None:
         text = _read_file(*file_and_field)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", spec) and Path(spec.partition(":")[0]).suffix not in _SUFFIXES:
-        text = _rows_text(_dataset_rows(*spec.split(":", 2)), None, spec)
+        text = _joined(_fields(_dataset_rows(*spec.split(":", 2)), (), spec))
     else:
         raise GfwsvdError(
             f"there is no text {spec}: expected a .txt, .raw, .jsonl or .parquet file that exists, a dataset "
@@ -51,6 +52,20 @@ def load_text(spec: str) -> str:
     if not text.strip():
         raise GfwsvdError(f"the text {spec} is empty")
     return text
+
+
+def load_rows(file: Path, fields: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The texts of all rows of a .jsonl or .parquet file.
+
+    Args:
+        fields: which to take of each row; by default the first of `TEXT_FIELDS` that the first row has.
+
+    Raises:
+        GfwsvdError: when the file cannot be read, or a row lacks a field or has something other than text in it.
+    """
+    with _reading(file):
+        rows = _json_rows(file) if file.suffix == ".jsonl" else _dataset_rows("parquet", data_files=str(file))
+        return list(_fields(rows, fields, str(file)))
 
 
 def text_name(spec: str) -> str:
@@ -69,21 +84,25 @@ def _local_file(spec: str) -> tuple[Path, str | None] | None:
 
 
 def _read_file(file: Path, field: str | None) -> str:
-    try:
-        if file.suffix == ".jsonl":
-            return _rows_text(_json_rows(file), field, str(file))
-        if file.suffix == ".parquet":
-            return _rows_text(_dataset_rows("parquet", data_files=str(file)), field, str(file))
-        if file.suffix in (".txt", ".raw") and field is None:
+    if file.suffix in (".jsonl", ".parquet"):
+        return _joined(load_rows(file, (field,) if field else ()))
+    if file.suffix in (".txt", ".raw") and field is None:
+        with _reading(file):
             text = file.read_text(encoding="utf-8")
-            return _wikitext_rows(text) if file.suffix == ".raw" else text
+        return _wikitext_rows(text) if file.suffix == ".raw" else text
+    raise GfwsvdError(
+        f"cannot take a text from {file}: expected FILE.txt, FILE.raw, FILE.jsonl[:FIELD] or FILE.parquet[:FIELD]"
+    )
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise GfwsvdError(f"{file} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise GfwsvdError(f"cannot read {file}: {error}") from error
-    raise GfwsvdError(
-        f"cannot take a text from {file}: expected FILE.txt, FILE.raw, FILE.jsonl[:FIELD] or FILE.parquet[:FIELD]"
-    )
 
 
 def _wikitext_rows(text: str) -> str:
@@ -113,9 +132,11 @@ def _dataset_rows(name: str, config: str | None = None, split: str = "train", **
         raise GfwsvdError(f"cannot read {source}: {error}") from error
 
 
-def _rows_text(rows: Iterable[Any], field: str | None, source: str) -> str:
-    texts: list[str] = []
-    fields: tuple[str, ...] = (field,) if field else ()
+def _joined(rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n\n".join(map("\n".join, rows))
+
+
+def _fields(rows: Iterable[Any], fields: tuple[str, ...], source: str) -> Iterator[tuple[str, ...]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise GfwsvdError(f"{source}, row {number}: expected an object of fields, got {type(row).__name__}")
@@ -123,11 +144,10 @@ def _rows_text(rows: Iterable[Any], field: str | None, source: str) -> str:
             fields = next((known for known in TEXT_FIELDS if all(name in row for name in known)), ())
             if not fields:
                 raise GfwsvdError(f"{source}: which of the fields {', '.join(row)} is the text? Name it: FILE:FIELD")
-        values = [row.get(name) for name in fields]
+        values: tuple[Any, ...] = tuple(row.get(name) for name in fields)
         if not all(isinstance(value, str) for value in values):
             raise GfwsvdError(f"{source}, row {number}: expected text in {' and '.join(fields)}")
-        texts.append("\n".join(map(str, values)))
-    return "\n\n".join(texts)
+        yield values
 
 
 def _pydoc_text(part: str) -> str:

@@ -377,6 +377,60 @@ def test_batches_may_hold_one_label_for_each_sequence():
     assert found.layers["bert.encoder.layer.0.intermediate.dense"].num_tokens == 24
 
 
+def _pairs(model, batch):
+    """Embeddings of norm one of the even and the odd texts, padding aside, (B / 2, D) each."""
+    hidden, mask = model.bert(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).unflatten(0, (-1, 2)).unbind(1)
+
+
+def _contrastive(model, batch):
+    first, second = _pairs(model, batch)
+    return nn.functional.cross_entropy(20 * first @ second.T, torch.arange(len(first)), reduction="none")
+
+
+def _distance(model, batch):
+    first, second = _pairs(model, batch)
+    return (first - second).square().sum(-1)
+
+
+def _padded_pairs(ids, lengths):
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.where(mask.bool(), ids, 77), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["attention.self.key", "output.dense"])
+def test_statistics_of_an_encoder_are_those_of_the_gradients_of_its_own_loss(unit, name):
+    name = f"bert.encoder.layer.0.{name}"
+    batches = [_padded_pairs(random_tokens(6, 7, seed=seed), (7, 3, 5, 6, 2, 4)) for seed in (1, 2)]
+    model = tiny_model("bert").double()
+    tokens = torch.cat([gradients_per_token(model, name, batch, _contrastive) for batch in batches])
+    left, right, fit = power_sweeps(tokens.flatten(0, 1) if unit == "token" else tokens.sum(1), 2)
+
+    found = calibrate(tiny_model("bert"), batches, unit=unit, sweeps=2, clip=0, loss=_contrastive, exclude=["^cls"])
+    assert found.num_losses == 6
+    layer = found.layers[name]
+    scale = layer.gradient_scale**2
+    rows = tokens.flatten(0, 1).square().sum((0, 2))
+    torch.testing.assert_close(layer.fisher_rows.double() / scale, rows, rtol=1e-3, atol=1e-6 * rows.max().item())
+    torch.testing.assert_close(symmetric(layer.left), left, rtol=0, atol=1e-5)
+    torch.testing.assert_close(symmetric(layer.right), right, rtol=0, atol=1e-5)
+    assert layer.scale / scale == pytest.approx(fit, rel=1e-3)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_padding_does_not_count_for_a_users_loss(unit):
+    ids = random_tokens(6, max(LENGTHS) + 3)
+    alone = [_padded_pairs(ids[2 * n : 2 * n + 2, :length], [length] * 2) for n, length in enumerate(LENGTHS)]
+    padded = [_padded_pairs(ids, [length for length in LENGTHS for _ in range(2)])]
+    plain, found = (
+        calibrate(tiny_model("bert"), batches, unit=unit, loss=_distance, exclude=["^cls"])
+        for batches in (alone, padded)
+    )
+    _assert_same(found, plain, tolerance=1e-3)
+    assert all(stats.num_tokens == 2 * sum(LENGTHS) for stats in found.layers.values())
+
+
 @pytest.mark.parametrize("collect", [["inputs"], ["inputs", "gradients"]])
 def test_batches_in_the_form_of_a_users_loss_serve_every_collection(collect):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
