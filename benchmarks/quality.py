@@ -15,8 +15,7 @@ import torch
 from rich.console import Console
 
 import gfwsvd
-from benchmarks import frontier, record
-from benchmarks.packaged import packaged_smollm2
+from benchmarks import frontier, record, setting
 from gfwsvd.progress import bar
 from gfwsvd.ranks import RANKS, STORAGE
 from gfwsvd.sweep import all_runs, comparison, compressed_rows, dense_row
@@ -24,57 +23,29 @@ from gfwsvd.sweep import all_runs, comparison, compressed_rows, dense_row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="see gfwsvd.load_model; default: SmolLM2-135M")
-    parser.add_argument("--calibration", required=True, help="calibration text, see gfwsvd.load_text")
-    parser.add_argument("--evaluation", required=True, help="evaluation text")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--limit", type=int, default=40, help="evaluation windows")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the evaluation")
+    setting.add_arguments(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.9])
     parser.add_argument("--methods", nargs="+", choices=list(gfwsvd.METHODS), default=list(gfwsvd.METHODS))
     parser.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--storage", nargs="+", choices=STORAGE, default=["pivoted"], help="of low-rank layers")
-    parser.add_argument("--stats", type=Path, required=True, help="statistics directory, made if it is not there")
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--plot", type=Path, help="also draw perplexity against the ratio into this file")
     parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
     arguments = parser.parse_args()
 
     made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
-    model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
-    batches = gfwsvd.token_batches(
-        gfwsvd.load_text(arguments.calibration),
-        tokenizer,
-        sequences=arguments.sequences,
-        seq_len=arguments.seq_len,
-        batch_size=4,
-        seed=0,
-    )
-    statistics = frontier.statistics_in(arguments.stats, model, batches)
-    windows = gfwsvd.windows(
-        gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
-    )
+    prepared = setting.prepare(arguments)
     dtype = getattr(torch, arguments.dtype)
-    about = {
-        "model": name,
-        "calibration": Path(arguments.calibration).name,
-        "calibration_tokens": statistics.num_sequences * arguments.seq_len,
-        "calibration_sha256": statistics.data_sha256,
-        "settings": statistics.settings,
-        "evaluation": Path(arguments.evaluation).name,
-        "windows": list(windows.shape),
-        "evaluation_dtype": arguments.dtype,
-    }
     rows = frontier.complete(
         arguments.results,
-        about,
+        prepared.about,
         made,
         all_runs(arguments.methods, arguments.ranks, arguments.keep, arguments.storage),
-        dense=lambda: dense_row(model, windows, track=bar, dtype=dtype),
+        dense=lambda: dense_row(prepared.model, prepared.windows, track=bar, dtype=dtype),
         compressed=lambda runs: (
-            row for row, _ in compressed_rows(model, statistics, runs, windows, track=bar, dtype=dtype)
+            row
+            for row, _ in compressed_rows(
+                prepared.model, prepared.statistics, runs, prepared.windows, track=bar, dtype=dtype
+            )
         ),
         shown=("perplexity", "kl"),
     )

@@ -327,13 +327,23 @@ def latency_command(
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Measure how long a model's linear layers take on this machine, dense and low-rank, for compress --latency."""
+    """Measure how long a model's linear layers take on this machine, dense and low-rank, for compress --latency.
+
+    It shows up to which share of its parameters a low-rank layer of each shape is faster than the dense one.
+    """
     _check_dtype(dtype)
     check_output_file(out)
     loaded, _, name = sources.load_model(model, dtype=dtype, device=device)
     table = measure_latency(loaded, tokens=tokens, step=step, track=bar)
     table.save(out)
-    print_values({"out": str(out), "model": name, "shapes": len(table.us), **table.about()}, json_output)
+    break_even = {f"{d_out} x {d_in}": table.break_even((d_out, d_in)) for d_out, d_in in table.us}
+    if not json_output:
+        shown = Table("outputs x inputs", "dense, µs", "low-rank is faster up to")
+        for shape, (name_of, share) in zip(table.us, break_even.items(), strict=True):
+            shown.add_row(name_of, f"{table.time(shape, 'dense', 0):.1f}", "never" if share is None else f"{share:.0%}")
+        Console().print(shown)
+    summary = {"out": str(out), "model": name, "break_even": break_even if json_output else None, **table.about()}
+    print_values(summary, json_output)
 
 
 @app.command("eval")

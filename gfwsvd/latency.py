@@ -6,6 +6,7 @@ interpolated, after they were made to rise with the rank: what a lower rank took
 
 import functools
 import json
+import math
 import os
 import platform
 from bisect import bisect_left
@@ -23,7 +24,7 @@ from .calibration import Track, silent
 from .errors import GfwsvdError
 from .folders import check_seal, read_json, sealed, write_text
 from .layers import LowRankLinear, dense_weight, find_linears, weight_shape
-from .ranks import Candidate
+from .ranks import Candidate, stored
 
 LATENCY_VERSION = 1
 STEP = 64
@@ -76,6 +77,18 @@ class LatencyTable:
             return us[0]
         share = (rank - ranks[index - 1]) / (ranks[index] - ranks[index - 1])
         return us[index - 1] + share * (us[index] - us[index - 1])
+
+    def break_even(self, shape: Shape) -> float | None:
+        """The largest share of the dense parameters, among the ranks measured, that takes less time than the dense
+        layer, in the form that stores it; None where none does."""
+        dense = self.time(shape, "dense", 0)
+        faster = [
+            stored(*shape, rank, pivoted) / math.prod(shape)
+            for kind, pivoted in _FORMS.items()
+            for rank in self.us[shape][kind]
+            if self.time(shape, kind, rank) < dense
+        ]
+        return max(faster, default=None)
 
     def share(self, layers: Iterable[tuple[Shape, str, int]]) -> float:
         """The time of layers, of each its shape, kind and rank, over that of dense ones in their place."""

@@ -79,7 +79,7 @@ def test_compress_calibrates_on_a_text_as_calibrate_does(workspace, tmp_path):
 
 
 def test_every_command_explains_itself():
-    for command in ("calibrate", "compress", "convert", "eval", "inspect", "sweep"):
+    for command in ("calibrate", "compress", "convert", "latency", "eval", "inspect", "sweep"):
         assert "--json" in run(command, "--help").stdout
         assert command in run("--help").stdout
 
@@ -95,7 +95,28 @@ def test_the_report_is_written_on_request(workspace, tmp_path):
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
 
 
+def test_a_measured_table_makes_keep_a_share_of_time_and_bounds_hold(workspace, tmp_path):
+    table, out = tmp_path / "table.json", tmp_path / "out"
+    measured = run_json("latency", workspace / "model", "--tokens", "1", "--step", "16", "--out", table)
+    assert measured["tokens"] == 1 and len(measured["break_even"]) == 4 and measured["dtype"] == "float32"
+    options = ("--stats", workspace / "stats", "--out", out, "--rank-multiple", "2", "--bound", "down_proj=1")
+    found = run_json("compress", workspace / "model", "--keep", "1", "--latency", table, *options)
+    assert found["time_kept"] == run_json("inspect", out)["time_kept"] == 1
+    assert found["provenance"]["latency"]["device"] == measured["device"]
+    found = run_json("compress", workspace / "model", *options, "--bound", "q_proj=0.2:0.4", "--overwrite")
+    assert found["time_kept"] is None and found["kept"] <= 0.8
+    layers = {layer["name"]: layer for layer in run_json("inspect", out)["layers"]}
+    assert layers["model.layers.0.mlp.down_proj"]["kind"] == "dense"
+    query = layers["model.layers.1.self_attn.q_proj"]
+    assert query["bound"] == [0.2, 0.4] and 0.2 <= query["stored"] / query["dense"] <= 0.4
+
+
 BAD = {
+    "malformed bound": (["--stats", "STATS", "--bound", "q_proj"], "REGEX=LOW:HIGH"),
+    "bound out of order": (["--stats", "STATS", "--bound", "q_proj=0.9:0.5"], "0 <= low <= high <= 1"),
+    "bound of no layer": (["--stats", "STATS", "--bound", "w1=0.9"], "'w1' matches none of the 14 layers"),
+    "no latency table": (["--stats", "STATS", "--latency", "nowhere.json"], "cannot read nowhere.json"),
+    "a text for a table": (["--stats", "STATS", "--latency", "TEXT"], "is not JSON"),
     "keep above one": (["--keep", "1.5"], "keep must be a share of parameters in (0, 1], got 1.5"),
     "keep of zero": (["--keep", "0"], "keep must be a share"),
     "keep that is no number": (["--keep", "nan"], "keep must be a share"),

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import nn
 from gfwsvd.calibration import calibrate
 from gfwsvd.compress import CompressionReport, compress
 from gfwsvd.errors import GfwsvdError
+from gfwsvd.latency import LatencyTable
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from gfwsvd.methods import METHODS
 from gfwsvd.metrics import objective
@@ -233,6 +235,62 @@ def test_excluded_and_unreached_layers_stay(statistics):
     assert report.dense < sum(layer.d_in * layer.d_out for layer in statistics.layers.values())
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_bounds_hold_in_the_model_and_stand_in_the_report(ranks, statistics):
+    bounds = {"down_proj": (1, 1), r"layers\.1\.mlp": (0.3, 0.6), "q_proj": (0.0, 0.4)}
+    model = tiny_model("llama")
+    report = compress(model, keep=0.7, ranks=ranks, rank_multiple=2, bounds=bounds, statistics=statistics)
+    assert report.kept <= 0.7
+    for layer in report.layers:
+        matching = [list(bound) for pattern, bound in bounds.items() if re.search(pattern, layer.name)]
+        assert layer.bound == (matching[-1] if matching else None)
+        low, high = layer.bound or (0, 1)
+        assert low <= layer.stored / layer.dense <= high
+    kept = next(layer for layer in report.layers if layer.name == "model.layers.0.mlp.down_proj")
+    assert kept.kind == "dense" and kept.reason == "its bound asks for it"
+    assert CompressionReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_two_factors_in_place_of_a_pivoted_layer_keep_its_bound():
+    """Weights of rank 3, as below: rounding makes two factors the better form wherever a bound lets them be."""
+    model = tiny_model("llama").bfloat16()
+    with torch.no_grad():
+        for module in find_linears(model).values():
+            u, s, vh = torch.linalg.svd(dense_weight(module).float(), full_matrices=False)
+            module.weight.copy_(u[:, :3] * s[:3] @ vh[:3])
+    report = compress(model, method="svd", keep=0.7, ranks="uniform", rank_multiple=2, bounds={"self_attn": (0.67, 1)})
+    assert any(layer.kind == "lowrank" for layer in report.layers)
+    for layer in report.layers:
+        assert layer.bound is None or layer.stored >= 0.67 * layer.dense
+
+
+def _halving(model):
+    """A table by which a low-rank layer takes time with its rank, half that of dense at 8, and MLPs gain nothing."""
+    shapes = {tuple(dense_weight(module).shape) for module in find_linears(model).values()}
+    us = {
+        (d_out, d_in): {
+            "dense": {0: 100.0},
+            **dict.fromkeys(("lowrank", "pivoted"), {8: 50.0, 64: 120.0} if 160 not in (d_out, d_in) else {64: 100.0}),
+        }
+        for d_out, d_in in shapes
+    }
+    return LatencyTable("hand-made", "float32", 1, torch.__version__, us)
+
+
+def test_a_latency_table_makes_keep_a_share_of_time(statistics):
+    model = tiny_model("llama")
+    latency = _halving(model)
+    report = compress(model, keep=0.9, rank_multiple=2, latency=latency, statistics=statistics)
+    us = [latency.time((x.d_out, x.d_in), x.kind, x.rank or 0) for x in report.layers]
+    assert report.time_kept == pytest.approx(sum(us) / 1400) and 0.85 < report.time_kept <= 0.9
+    assert report.kept == report.stored / report.dense != report.time_kept
+    assert {layer.kind for layer in report.layers if "mlp" in layer.name} == {"dense"}
+    assert {layer.reason for layer in report.layers if "mlp" in layer.name} == {"no rank costs less"}
+    assert report.provenance["latency"] == latency.about()
+    assert CompressionReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert compress(tiny_model("llama"), keep=0.9, statistics=statistics).time_kept is None
+
+
 # --------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -288,6 +346,14 @@ REFUSED = {
     "damping": ({"damping": -1.0}, "damping must be"),
     "unit": ({"unit": "word"}, "unit must be"),
     "budget": ({"keep": 0.01}, "smallest ranks"),
+    "bound": ({"bounds": {"q_proj": (0.9, 0.5)}}, "0 <= low <= high <= 1"),
+    "pattern": ({"bounds": {"gate_up": (0.5, 1)}}, "'gate_up' matches none of the 14 layers"),
+    "bounds beyond keep": ({"keep": 0.5, "bounds": {"mlp": (1, 1)}}, "within the bounds need: 0.7"),
+    "shape": ({"latency": LatencyTable("hand-made", "float32", 1, "", {})}, "latency table has no layer of"),
+    "uniform latency": (
+        {"ranks": "uniform", "latency": LatencyTable("hand-made", "float32", 1, "", {})},
+        "a latency table serves global ranks, got uniform",
+    ),
 }
 
 
@@ -301,7 +367,9 @@ def test_arguments_out_of_range_are_refused_before_the_model_changes(case):
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize("case", ["keep", "method", "ranks", "multiple", "damping"])
+@pytest.mark.parametrize(
+    "case", ["keep", "method", "ranks", "multiple", "damping", "bound", "pattern", "shape", "uniform latency"]
+)
 def test_arguments_out_of_range_are_refused_before_calibration(case, monkeypatch):
     def calibrated(*_, **__):
         raise AssertionError("calibrated first")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gfwsvd.bounds import Bound
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.ranks import RANKS, Candidate, allocate
 
@@ -33,12 +34,12 @@ MODEL = {
 }
 
 
-def _stored(candidates, ranks):
-    return sum(candidates[name].stored(rank) for name, rank in ranks.items())
+def _stored(candidates, ranks, cost=Candidate.stored):
+    return sum(cost(candidates[name], rank) for name, rank in ranks.items())
 
 
-def _dense(candidates):
-    return sum(layer.dense for layer in candidates.values())
+def _dense(candidates, cost=Candidate.stored):
+    return sum(cost(layer, None) for layer in candidates.values())
 
 
 def _loss(candidates, ranks):
@@ -71,15 +72,15 @@ def test_an_allocation_stays_within_the_budget_or_says_that_none_does(candidates
         assert rank is None or layer.stored(rank) < layer.dense, "a low-rank layer stores less than the dense one"
 
 
-def _all_choices(candidates):
-    """Stored parameters and loss of every allocation there is at rank multiple 1."""
+def _all_choices(candidates, cost=Candidate.stored):
+    """Cost and loss of every allocation there is at rank multiple 1."""
     states = [
         [rank for rank in range(1, min(layer.d_out, layer.d_in)) if layer.stored(rank) < layer.dense] + [None]
         for layer in candidates.values()
     ]
     for combination in itertools.product(*states):
         ranks = dict(zip(candidates, combination, strict=True))
-        yield _stored(candidates, ranks), _loss(candidates, ranks)
+        yield _stored(candidates, ranks, cost), _loss(candidates, ranks)
 
 
 def _hull(points):
@@ -282,3 +283,103 @@ def test_a_share_of_binary_fractions_does_not_lose_a_rank_to_rounding(share):
     rank = max(1, int(share * 31))
     chosen = allocate({"layer": layer}, keep=layer.stored(rank) / layer.dense, ranks="uniform")
     assert chosen == {"layer": rank}
+
+
+# ---------------------------------------------------------------------------------------------------------- bounds
+
+BOUNDS = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda ends: Bound(*sorted(ends)))
+
+
+@given(models(), st.data(), st.floats(0.05, 1), st.sampled_from(RANKS), st.integers(1, 3))
+def test_an_allocation_keeps_bounds_and_budget_or_says_that_none_does(candidates, data, keep, ranks, multiple):
+    candidates = {name: replace(layer, bound=data.draw(BOUNDS)) for name, layer in candidates.items()}
+    try:
+        chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=multiple)
+    except GfwsvdError as error:
+        assert "bound" in str(error) or "keep" in str(error)
+        return
+    assert _stored(candidates, chosen) <= keep * _dense(candidates)
+    for name, rank in chosen.items():
+        layer = candidates[name]
+        assert layer.stored(rank) <= layer.bound.high * layer.dense
+        if not layer.reaches_bound(rank):  # then no rank lies between the ends, and this is the last one below
+            assert layer.states(multiple) == [rank]
+
+
+@given(models(), st.data(), st.floats(0.3, 0.99))
+def test_bounded_global_loses_no_more_than_the_last_corner_of_the_hull(candidates, data, keep):
+    bound = Bound(data.draw(st.floats(0, 0.5)), 1.0)
+    candidates = {name: replace(layer, bound=bound) for name, layer in candidates.items()}
+    states = [layer.states(1) for layer in candidates.values()]
+    allocations = [dict(zip(candidates, ranks, strict=True)) for ranks in itertools.product(*states)]
+    points = [(_stored(candidates, ranks), _loss(candidates, ranks)) for ranks in allocations]
+    budget = keep * _dense(candidates)
+    if min(stored for stored, _ in points) > budget:
+        with pytest.raises(GfwsvdError, match="smallest ranks"):
+            allocate(candidates, keep=keep, ranks="global")
+        return
+    found = _loss(candidates, allocate(candidates, keep=keep, ranks="global"))
+    corner = [loss for stored, loss in _hull(points) if stored <= budget][-1]
+    total = sum(layer.tails()[0].item() for layer in candidates.values())
+    assert found <= corner + 1e-9 * total
+
+
+def _bounded(**bounds):
+    return {name: replace(layer, bound=Bound(*bounds.get(name, ()))) for name, layer in MODEL.items()}
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_layer_bound_to_one_stays_dense_and_the_others_pay_for_it(ranks):
+    bounded = _bounded(down=(1, 1))
+    free, chosen = (allocate(layers, keep=0.8, ranks=ranks) for layers in (_bounded(down=(0, 0.8)), bounded))
+    assert chosen["down"] is None and free["down"] is not None
+    assert _stored(bounded, chosen) <= 0.8 * _dense(bounded)
+    of_others = [sum(MODEL[name].stored(x[name]) for name in MODEL if name != "down") for x in (chosen, free)]
+    assert of_others[0] < of_others[1]
+
+
+def test_uniform_shares_out_what_bounds_leave_to_less_than_one_step_of_each_layer():
+    for bounds in ({"down": (0.9, 1)}, {"down": (0, 0.3)}, {"up": (0.7, 0.75), "q": (0, 0.2)}):
+        bounded = _bounded(**bounds)
+        chosen = allocate(bounded, keep=0.6, ranks="uniform")
+        shares = {name: bounded[name].stored(rank) / bounded[name].dense for name, rank in chosen.items()}
+        free = [shares[name] for name in MODEL if name not in bounds]
+        steps = {name: (layer.d_out + layer.d_in) / layer.dense for name, layer in MODEL.items()}
+        assert max(free) - min(free) < max(steps[name] for name in MODEL if name not in bounds)
+        left_over = 0.6 * _dense(MODEL) - _stored(bounded, chosen)
+        assert 0 <= left_over < sum(layer.d_out + layer.d_in for layer in MODEL.values())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_at_keep_one_each_layer_stores_what_its_bound_allows(ranks):
+    chosen = allocate(_bounded(q=(0, 0.5), down=(0.7, 0.7)), keep=1, ranks=ranks)
+    assert (chosen["k"], chosen["up"]) == (None, None)
+    assert MODEL["q"].stored(chosen["q"]) <= 288 < MODEL["q"].stored(chosen["q"] + 1)
+    assert MODEL["down"].stored(chosen["down"]) <= 0.7 * 1536 < MODEL["down"].stored(chosen["down"] + 1)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_bounds_beyond_keep_are_refused_with_the_keep_that_would_do(ranks):
+    bounded = _bounded(up=(0.9, 1), down=(0.9, 1))
+    with pytest.raises(GfwsvdError, match="within the bounds need.*or the bounds") as caught:
+        allocate(bounded, keep=0.5, ranks=ranks)
+    needed = float(str(caught.value).split("need: ")[1].split()[0])
+    assert allocate(bounded, keep=needed + 0.04, ranks=ranks), "uniform counts no rank where nothing is asked"
+    with pytest.raises(GfwsvdError, match="keep"):
+        allocate(bounded, keep=needed - 1e-4, ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_bound_that_allows_no_rank_names_the_layer_and_what_would_do(ranks):
+    with pytest.raises(GfwsvdError, match=r"0:0.05 of layer q \(24 x 24\) allows no rank: rank 1 stores 0.0833"):
+        allocate(_bounded(q=(0, 0.05)), keep=0.8, ranks=ranks)
+    scores = {"scores": replace(_layer(1, 64), bound=Bound(0, 0.9)), "large": _layer(64, 64)}
+    with pytest.raises(GfwsvdError, match="scores.*raise its upper end to 1, which lets it stay dense"):
+        allocate(scores, keep=0.8, ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_within_bounds_are_multiples(ranks):
+    bounded = {name: replace(layer, bound=Bound(0.4, 0.9)) for name, layer in MODEL.items() if name != "k"}
+    for name, rank in allocate(bounded, keep=0.8, ranks=ranks, rank_multiple=3).items():
+        assert rank % 3 == 0 and 0.4 <= bounded[name].stored(rank) / bounded[name].dense <= 0.9
