@@ -9,6 +9,7 @@ stored; ranks are not rounded to multiples, so that all rows of one `keep` store
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 import gfwsvd
 from benchmarks import record
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
+    parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
     arguments = parser.parse_args()
 
     made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
@@ -101,7 +103,10 @@ def main() -> None:
         if study.name in (arguments.studies or [study.name]) and (arguments.other or not study.other):
             for row in _run(study, model, tokenizer, windows, arguments, about):
                 record.append(arguments.results, {**row, **about, **made})
-    Console().print(table(_rows(arguments.results, about)))
+    text = markdown(_rows(arguments.results, about))
+    Console().print(Markdown(text))
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text, encoding="utf-8")
 
 
 def _rows(results: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,16 +157,23 @@ def _run(
         yield {"study": study.name, "step": step, **row, "one_sided": len(chosen) - chosen.count("two-sided"), **mine}
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Perplexity, and the gap to dense in log-perplexity, of each row."""
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Perplexity and, in brackets, the gap to dense in log-perplexity: a row for each step of each study."""
     dense = next(row for row in rows if row["method"] == "dense")
-    found = Table("study", "step", "keep", "perplexity", "gap", "KL", caption=f"dense: {dense['perplexity']:.2f}")
+    keeps = sorted({row["keep"] for row in rows if row is not dense}, reverse=True)
+    found: dict[tuple[str, str], dict[float, str]] = {}
     for row in rows:
         if row is not dense:
-            gap = torch.tensor(row["perplexity"] / dense["perplexity"]).log().item()
-            figures = f"{row['perplexity']:.2f}", f"{gap:.3f}", f"{row['kl']:.3f}"
-            found.add_row(row["study"], row["step"], str(row["keep"]), *figures)
-    return found
+            gap = math.log(row["perplexity"] / dense["perplexity"])
+            found.setdefault((row["study"], row["step"]), {})[row["keep"]] = f"{row['perplexity']:.2f} ({gap:.3f})"
+    lines = [
+        f"| dense {dense['perplexity']:.2f} | | {' | '.join(map(str, keeps))} |",
+        f"|---|---|{'---|' * len(keeps)}",
+    ]
+    order = [study.name for study in STUDIES]
+    for (study, step), cells in sorted(found.items(), key=lambda item: order.index(item[0][0])):
+        lines.append(f"| {study} | {step} | {' | '.join(cells.get(keep, '') for keep in keeps)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every benchmark runs to its end at a tiny size, so that none rots."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, 
     assert by_study["unit sequence"]["calibration_options"] == {"unit": "sequence"}
     assert by_study["half the tokens"]["calibration_tokens"] == 12 * 16
     assert len({row["perplexity"] for row in rows}) > 20, "the settings make a difference"
-    run(monkeypatch, ablation, *options, "--results", results)
+    written = tmp_path / "table.md"
+    run(monkeypatch, ablation, *options, "--results", results, "--markdown", written)
     assert record.read(results) == rows
+    dense, row = rows[0]["perplexity"], by_study["unit sequence"]
+    line = next(line for line in written.read_text().splitlines() if line.startswith("| unit sequence |"))
+    assert f"{row['perplexity']:.2f} ({math.log(row['perplexity'] / dense):.3f})" in line
     assert "unit sequence" in capsys.readouterr().out
 
 
