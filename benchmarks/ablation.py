@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 import gfwsvd
 from benchmarks import record
@@ -104,7 +102,7 @@ def main() -> None:
             for row in _run(study, model, tokenizer, windows, arguments, about):
                 record.append(arguments.results, {**row, **about, **made})
     text = markdown(_rows(arguments.results, about))
-    Console().print(Markdown(text))
+    print(text)
     if arguments.markdown is not None:
         arguments.markdown.write_text(text, encoding="utf-8")
 
