@@ -41,6 +41,7 @@ LAYERS = {
     "gfwsvd.options": 5,
     "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
+    "gfwsvd.tune": 5,
     "gfwsvd.cli": 5,
     "gfwsvd.__main__": 5,
     "gfwsvd": 5,
