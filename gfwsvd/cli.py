@@ -1,7 +1,8 @@
-"""The command `gfwsvd`: calibrate, compress, convert, latency, eval, sweep, serve, inspect."""
+"""The command `gfwsvd`: calibrate, compress, tune, convert, latency, eval, sweep, serve, inspect."""
 
 import functools
 import platform
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 from . import __version__, sources
 from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, calibrate, check_settings, data_sha256
+from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
@@ -36,6 +38,7 @@ from .options import (
     Clip,
     Device,
     Dtype,
+    Epochs,
     EvalBatchSize,
     EvalLimit,
     Exclude,
@@ -44,11 +47,13 @@ from .options import (
     Keeps,
     Labels,
     Latency,
+    LearningRate,
     Limit,
     Methods,
     Model,
     OptionalText,
     Overwrite,
+    Products,
     RankWays,
     Seed,
     SeqLen,
@@ -278,6 +283,75 @@ def compress_command(
 
         write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
     print_values(_summary(result, out), json_output)
+
+
+@app.command("tune")
+@_mendable
+def tune_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that gfwsvd compress wrote")],
+    text: Text,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="where to write the trained model")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="the dense model, to learn its predictions: give it"),
+    ] = None,
+    sequences: Sequences = 256,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    epochs: Epochs = 1,
+    learning_rate: LearningRate = 1e-4,
+    seed: Seed = 0,
+    dtype: Products = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+) -> None:
+    """Train the factors of a compressed model for a while, to recover quality at the same size.
+
+    Its checkpoints are in DIR2.tune until DIR2 is written: the same command goes on after an interruption. The end of
+    the text is held out; if the training does not lower the loss there, DIR2 gets the factors of DIR.
+    """
+    from .hf import save_pretrained
+    from .tune import check_training, training_tokens, tune
+
+    check_training(epochs, learning_rate, dtype)
+    target = check_output_folder(out, overwrite=overwrite, marker="config.json")
+    inspect_checkpoint(directory)
+    if (details := read_manifest(directory).get("report")) is None:
+        raise GfwsvdError(f"{directory} has no {MANIFEST}, it was saved again: give the folder of gfwsvd compress")
+    report = CompressionReport.from_json(details)
+    work = target.with_name(f"{target.name}.tune")
+    loaded, tokenizer, name = sources.load_model(str(directory), device=device)
+    dense, dense_name = None, None
+    if reference is not None:
+        dense, _, dense_name = sources.load_model(reference, device=device)
+    train, heldout = training_tokens(
+        sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, seed=seed
+    )
+    try:
+        tuning = tune(
+            loaded,
+            train,
+            heldout,
+            work,
+            reference=dense,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            track=bar,
+        )
+    except KeyboardInterrupt:
+        print(f"gfwsvd: the same command goes on from the last checkpoint in {work}", file=sys.stderr)
+        raise
+    about = {"source": name, "text": text_name(text), "reference": dense_name, **tuning.to_json(), **_versions()}
+    report.provenance["tuned"] = [*report.provenance.get("tuned", ()), about]
+    save_pretrained(loaded, out, report=report, tokenizer=tokenizer, overwrite=overwrite)
+    shutil.rmtree(work)
+    if not tuning.improved:
+        print(f"gfwsvd: the training did not lower the held-out loss: {out} has the factors of {name}", file=sys.stderr)
+    print_values({"out": str(out), **about}, json_output)
 
 
 @app.command("convert")

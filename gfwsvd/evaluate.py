@@ -17,7 +17,7 @@ from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CHUNK_LOGITS = 1 << 23  # at a time: 32 MiB in float32
+CHUNK_LOGITS = 1 << 23  # at a time: 32 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _score_batch(
     states = _scored(source.states(start, stop), start, stride)
     other_states = None if other is None else _scored(other.states(start, stop), start, stride)
     targets = _scored(windows[start:stop, 1:], start, stride).long()
-    rows = max(1, _CHUNK_LOGITS // source.vocabulary)
+    rows = max(1, CHUNK_LOGITS // source.vocabulary)
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(targets), rows):
         part = slice(first, first + rows)

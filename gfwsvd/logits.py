@@ -48,7 +48,11 @@ class LogitsSource:
 
     def states(self, start: int, stop: int) -> Tensor:
         """Of all but the last tokens of windows `start` to `stop`, (B, S - 1, D)."""
-        inputs, logits = self._run(self.windows[start:stop], self.head, positions=1)
+        return self.states_of(self.windows[start:stop])
+
+    def states_of(self, ids: Tensor) -> Tensor:
+        """The same of other windows (B, S); with gradients where these are on."""
+        inputs, logits = self._run(ids, self.head, positions=1)
         return (logits if self.head is None else inputs[0])[:, :-1]
 
     def logits(self, states: Tensor) -> Tensor:

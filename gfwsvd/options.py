@@ -23,8 +23,8 @@ TEXT_HELP = (
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a hub name, a transformers folder, or a .gguf file")]
 Text = Annotated[str, typer.Option("--text", metavar="TEXT", help=TEXT_HELP)]
-Sequences = Annotated[int, typer.Option("--sequences", min=1, help="calibration sequences")]
-SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a calibration sequence")]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, help="sequences drawn from the text")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="tokens of a sequence")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="sequences in a batch: memory against speed")]
 Unit = Annotated[str, typer.Option("--unit", metavar=one_of(UNITS), help="what one gradient sample of the Fisher is")]
 Labels = Annotated[
@@ -35,7 +35,7 @@ Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="passes over the te
 Clip = Annotated[
     float, typer.Option("--clip", min=0, help="most that one token's gradient counts, in medians; 0 for no limit")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences and sampled labels")]
+Seed = Annotated[int, typer.Option("--seed", help="chooses the sequences, their order and sampled labels")]
 Exclude = Annotated[
     list[str], typer.Option("--exclude", metavar="REGEX", help="leave out layers whose name matches; may be repeated")
 ]
@@ -60,6 +60,14 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="passes over the sequences")]
+LearningRate = Annotated[float, typer.Option("--learning-rate", help="the highest, after the warm-up")]
+Products = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="<float32|bfloat16>", help="of the products in training; default: bfloat16 on a GPU alone"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output folder as a whole if it exists")]
 
 # Of an evaluation, on a text or on tasks

@@ -45,7 +45,7 @@ def load_model(
     """
     path = Path(spec).expanduser()
     try:
-        with _quiet():
+        with quiet():
             if path.suffix == ".gguf":
                 return *_load_gguf(path, dtype, device, auto_class or "AutoModelForCausalLM"), path.name
             if path.is_dir():
@@ -134,7 +134,7 @@ def _why_unreadable(file: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the warnings and progress bars of transformers: what matters of them is raised as an error here."""
     from transformers.utils import logging
 
@@ -217,7 +217,7 @@ def windows(
 def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase | None", *, needed: int, what: str) -> Tensor:
     if tokenizer is None:
         raise GfwsvdError("the model has no tokenizer, so no text can be read for it; give token batches instead")
-    with _quiet():  # of the warning that the text is longer than the model's context
+    with quiet():  # of the warning that the text is longer than the model's context
         tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
     if len(tokens) < needed:
         raise GfwsvdError(

@@ -185,7 +185,7 @@ def test_head_by_chunks_equals_whole_logits(untied, monkeypatch):
         model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     other, tokens = noisy(model), random_tokens(3, 16)
     module = sys.modules[evaluate.__module__]  # by name, gfwsvd.evaluate may be the function
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * VOCABULARY)  # 7 does not divide 15 * 2
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 7 * VOCABULARY)  # 7 does not divide 15 * 2
     chunked = evaluate(other, tokens, reference=ReferenceLogits(model, tokens), batch_size=2)
     monkeypatch.setattr("gfwsvd.logits._head_explains", lambda *_: False)
     reference = ReferenceLogits(model, tokens)

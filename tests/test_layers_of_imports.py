@@ -51,6 +51,7 @@ LAYERS = {
     "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
     "gfwsvd.serve": 5,
+    "gfwsvd.tune": 5,
     "gfwsvd.cli": 5,
     "gfwsvd.__main__": 5,
     "gfwsvd": 5,
