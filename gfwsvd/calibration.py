@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_tokens, is_causal
+from .checks import check_tokens
 from .errors import GfwsvdError
 from .hooks import frozen, watch
 from .kronecker import Sweep
 from .layers import dense_weight, find_linears, fingerprint
+from .losses import Batch, Loss, forward, next_token_loss
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import (
     LABELS,
@@ -31,8 +32,6 @@ CLIP = 3.0
 HELDOUT_SHARE = 16  # one sequence of so many is held out
 HELDOUT_TOKENS = 512  # most tokens of them to keep of each layer
 
-Batch = Mapping[str, Tensor]
-Loss = Callable[[nn.Module, Batch], Tensor]
 Item = TypeVar("Item")
 Track = Callable[[Sequence[Item], str], Iterable[Item]]
 
@@ -137,10 +136,10 @@ def calibrate(
     batches, heldout_batches = _hold_out(batches, heldout if heldout is not None or backward else 0)
     settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance, "online": online}
     settings |= {"clip": clip, "seed": seed, "start": None if start is None else start.data_sha256}
-    run = loss or (_forward if collect == {INPUTS} else _causal_lm_loss(labels, seed))
+    run = loss or (forward if collect == {INPUTS} else next_token_loss(labels, seed))
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
-        leaders = _input_leaders(model, linears, batches[0], loss or _forward)
+        leaders = _input_leaders(model, linears, batches[0], loss or forward)
         reached = {name: linears[name] for name in linears if name in leaders}
         if not reached:
             raise GfwsvdError(f"no linear layer of {type(model).__name__} ran in the forward pass of the first batch")
@@ -237,10 +236,6 @@ def _to_device(batch: Batch, model: nn.Module) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    return model(**{name: value for name, value in batch.items() if name != "labels"})
-
-
 @torch.no_grad()
 def _input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss) -> dict[str, str]:
     """For each layer that one forward pass reaches, the first layer that took the very same input (itself, mostly)."""
@@ -249,39 +244,6 @@ def _input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Ba
         run(model, _to_device(batch, model))
     firsts: dict[tuple[int, ...], str] = {}
     return {name: firsts.setdefault(tuple(map(id, seen)), name) for name, seen in inputs.items()}
-
-
-def _causal_lm_loss(labels: str, seed: int) -> Loss:
-    """Next-token cross-entropy of each predicted token; sampled labels depend on `seed` and the text alone."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        output = _forward(model, batch)
-        if not hasattr(output, "logits") or not is_causal(model):
-            raise GfwsvdError(f"{type(model).__name__} gives no logits of next tokens: give a loss of your own")
-        logits = output.logits[:, :-1]
-        targets = batch.get("labels", ids)[:, 1:]
-        valid = targets != -100
-        if mask is not None:
-            valid = valid & mask[:, 1:].bool() & mask[:, :-1].bool()
-        logits = logits[valid]
-        texts = ids if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
-        chosen = targets[valid] if labels == "empirical" else _sample(logits.detach(), valid, texts, seed)
-        return F.cross_entropy(logits.float(), chosen, reduction="none")
-
-    return loss
-
-
-def _sample(logits: Tensor, valid: Tensor, texts: Iterable[Tensor], seed: int) -> Tensor:
-    """Labels drawn from `logits`, with one generator per text, so that neither batching nor padding changes them."""
-    drawn = []
-    for text, part in zip(texts, logits.split(valid.sum(1).tolist()), strict=True):
-        key = hashlib.sha256(f"{seed} ".encode() + text.long().cpu().numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        uniform = torch.rand(part.shape[0], 1, generator=generator, dtype=torch.float64).to(part.device)
-        total = part.double().softmax(-1).cumsum(-1)
-        drawn.append((total < uniform * total[:, -1:]).sum(-1))
-    return torch.cat(drawn)
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -11,6 +11,7 @@ from gfwsvd import calibration
 from gfwsvd.calibration import calibrate, data_sha256
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.layers import find_linears
+from gfwsvd.losses import next_token_loss
 from gfwsvd.statistics import UNITS
 from tiny_models import random_tokens, tiny_model
 
@@ -309,7 +310,7 @@ def _sampled(logits, ids, *, seed=0, mask=None):
     model = Fixed()
     model.logits = logits.clone().requires_grad_()
     batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-    calibration._causal_lm_loss("sampled", seed)(model, batch).sum().backward()
+    next_token_loss("sampled", seed)(model, batch).sum().backward()
     return model.logits.grad.argmin(-1)[:, :-1]  # softmax minus one-hot is negative at the label alone
 
 

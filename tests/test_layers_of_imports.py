@@ -29,6 +29,7 @@ LAYERS = {
     "gfwsvd.methods": 2,
     "gfwsvd.guard": 2,
     "gfwsvd.hooks": 3,
+    "gfwsvd.losses": 3,
     "gfwsvd.calibration": 3,
     "gfwsvd.latency": 3,
     "gfwsvd.compress": 4,

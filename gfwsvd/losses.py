@@ -1,0 +1,53 @@
+"""The loss that calibration takes the gradients of: a vector of unreduced losses of a batch."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import is_causal
+from .errors import GfwsvdError
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """The output of `model` for a batch, whose labels are for a loss alone."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+
+def next_token_loss(labels: str, seed: int) -> Loss:
+    """Next-token cross-entropy of each predicted token; sampled labels depend on `seed` and the text alone."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        output = forward(model, batch)
+        if not hasattr(output, "logits") or not is_causal(model):
+            raise GfwsvdError(f"{type(model).__name__} gives no logits of next tokens: give a loss of your own")
+        logits = output.logits[:, :-1]
+        targets = batch.get("labels", ids)[:, 1:]
+        valid = targets != -100
+        if mask is not None:
+            valid = valid & mask[:, 1:].bool() & mask[:, :-1].bool()
+        logits = logits[valid]
+        texts = ids if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
+        chosen = targets[valid] if labels == "empirical" else _sample(logits.detach(), valid, texts, seed)
+        return F.cross_entropy(logits.float(), chosen, reduction="none")
+
+    return loss
+
+
+def _sample(logits: Tensor, valid: Tensor, texts: Iterable[Tensor], seed: int) -> Tensor:
+    """Labels drawn from `logits`, with one generator per text, so that neither batching nor padding changes them."""
+    drawn = []
+    for text, part in zip(texts, logits.split(valid.sum(1).tolist()), strict=True):
+        key = hashlib.sha256(f"{seed} ".encode() + text.long().cpu().numpy().tobytes()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        uniform = torch.rand(part.shape[0], 1, generator=generator, dtype=torch.float64).to(part.device)
+        total = part.double().softmax(-1).cumsum(-1)
+        drawn.append((total < uniform * total[:, -1:]).sum(-1))
+    return torch.cat(drawn)
