@@ -1,0 +1,64 @@
+"""The application behind the command `gfwsvd`, and what its commands share."""
+
+import functools
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import typer
+
+from . import __version__
+from .errors import GfwsvdError
+from .options import DTYPES
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress language models by generalized Fisher-weighted SVD: low-rank layers that cost the loss least.",
+    epilog="A first try: gfwsvd compress MODEL --text TEXT --keep 0.8 --out DIR; then: gfwsvd eval DIR --text OTHER",
+)
+
+
+def mendable(command: Callable[..., None]) -> Callable[..., None]:
+    """An error that the user can mend is one line on standard error and exit status 1; Ctrl-C is 130."""
+
+    @functools.wraps(command)
+    def guarded(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except GfwsvdError as error:
+            print(f"gfwsvd: error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print("gfwsvd: interrupted; nothing half-written is left", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return guarded
+
+
+def given_options(context: typer.Context, names: Iterable[str]) -> str:
+    """Those of the options that stand on the command line."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """GfwsvdError unless `dtype` is one of `DTYPES`, or None."""
+    if dtype not in (None, *DTYPES):
+        raise GfwsvdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    import transformers
+
+    return {
+        "gfwsvd": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
