@@ -18,6 +18,7 @@ from .calibration import Statistics, calibrate
 from .compress import CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
+from .latency import LatencyTable, measure_latency
 from .layers import LowRankLinear
 from .methods import METHODS
 from .store import load_statistics, save_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "METHODS",
     "CompressionReport",
     "GfwsvdError",
+    "LatencyTable",
     "LowRankLinear",
     "Statistics",
     "calibrate",
@@ -42,6 +44,7 @@ __all__ = [
     "load_model",
     "load_statistics",
     "load_text",
+    "measure_latency",
     "save_pretrained",
     "save_statistics",
     "token_batches",
