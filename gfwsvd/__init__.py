@@ -19,6 +19,7 @@ from .compress import CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .fuse import fuse
+from .latency import LatencyTable, measure_latency
 from .layers import LowRankLinear
 from .methods import METHODS
 from .store import load_statistics, save_statistics
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "CompressionReport",
     "GfwsvdError",
+    "LatencyTable",
     "LowRankLinear",
     "Statistics",
     "calibrate",
@@ -44,6 +46,7 @@ __all__ = [
     "load_model",
     "load_statistics",
     "load_text",
+    "measure_latency",
     "save_pretrained",
     "save_statistics",
     "token_batches",

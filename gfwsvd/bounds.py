@@ -66,8 +66,8 @@ def bounds_of(names: Iterable[str], bounds: Mapping[str, tuple[float, float]]) -
         matching = [name for name in names if re.search(pattern, name)]
         if not matching:
             raise GfwsvdError(
-                f"the bound of {pattern!r} matches none of the {len(names)} layers to compress, such as "
-                f"{', '.join(names[:2])}; gfwsvd inspect lists names of layers"
+                f"the bound of {pattern!r} matches none of the {len(names)} layers to compress; expected a part of a "
+                f"name such as {', '.join(names[:2])}"
             )
         found |= dict.fromkeys(matching, Bound(*bound))
     return found

@@ -78,7 +78,8 @@ def test_an_allocation_by_time_is_within_the_budget_and_near_the_optimum(model, 
     assert _stored(candidates, chosen, latency.cost) <= budget * (1 + 1e-12)
     corner = [loss for time, loss in _hull(points) if time <= budget * (1 - 1e-12)]
     total = sum(layer.tails()[0].item() for layer in candidates.values())
-    assert min(affordable) - 1e-9 * total <= _loss(candidates, chosen) <= (corner or affordable)[-1] + 1e-9 * total
+    best = min(loss for time, loss in points if time <= budget * (1 + 1e-12))
+    assert best - 1e-9 * total <= _loss(candidates, chosen) <= (corner or affordable)[-1] + 1e-9 * total
     for name, rank in chosen.items():
         layer = candidates[name]
         assert rank is None or latency.cost(layer, rank) < latency.cost(layer, None), "dense is exact and no slower"

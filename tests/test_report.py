@@ -232,6 +232,16 @@ def test_the_stored_share_is_one_where_nothing_is_saved():
     assert stored_share(even) == even.stored / even.dense == 1
 
 
+def test_bounds_and_the_share_of_time_are_shown_where_there_are_any(tmp_path):
+    layers = [layer("a"), layer("b")]
+    layers[0].bound = [0.25, 0.875]
+    write_report(tmp_path / "r.html", title="t", reports=[report(layers, time_kept=0.8125)])
+    page = (tmp_path / "r.html").read_text()
+    assert "0.25 to 0.875" in page and "they take 81.25% of the dense layers" in page
+    write_report(tmp_path / "r.html", title="t", reports=[report([layer("a"), layer("b")])])
+    assert "latency table" not in (tmp_path / "r.html").read_text()
+
+
 def test_nothing_to_report_is_an_error(tmp_path):
     with pytest.raises(GfwsvdError, match="at least one"):
         write_report(tmp_path / "r.html", title="t", reports=[])
