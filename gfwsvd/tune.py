@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -210,7 +211,8 @@ class _Student(nn.Module):
             loss, gradient = self._loss(states, expected, input_ids[:, 1:].flatten().long())
         if not (loss.isfinite() and gradient.isfinite().all()):
             raise GfwsvdError(
-                "the loss of the training or its gradient is NaN or infinite; start again with a lower learning rate"
+                "the loss of the training or its gradient is NaN or infinite; remove the work folder and start again "
+                "with a lower learning rate"
             )
         # Has the value of the loss, and the gradient that was computed along with it.
         surrogate = (states * gradient).sum()
@@ -286,6 +288,8 @@ def _train(student: _Student, settings: dict[str, Any], folder: Path, checkpoint
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise GfwsvdError(f"could not keep the training in {folder}: {error}; its last checkpoint is there") from error
     finally:
         progress.ticks.close()
     return int(trainer.state.global_step)
