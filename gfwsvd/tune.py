@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "settings.json"
-_HELDOUT, _HELDOUT_WINDOWS = 0.05, 32  # of the text, its end; of that, at most
+_HELDOUT, _HELDOUT_WINDOWS = 0.05, 16  # of the text, its end; of that, at most
 _SAVES = 0.1  # of all steps, between two checkpoints
 _WARMUP = 0.1  # of all steps
 
@@ -163,13 +163,13 @@ def training_tokens(
     seq_len: int,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences for `tune`, drawn from a text but its last 5 %, and at most 32 held-out windows from these.
+    """Sequences for `tune`, drawn from a text but its last 5 %, and at most 16 held-out windows from these.
 
     Args:
         text, tokenizer, sequences, seq_len, seed: see `token_batches`.
 
     Returns:
-        (sequences, seq_len) and (M, seq_len) int64, M from 1 to 32.
+        (sequences, seq_len) and (M, seq_len) int64, M from 1 to 16.
 
     Raises:
         GfwsvdError: what `token_batches` raises; and when the last 5 % are less than one window.
