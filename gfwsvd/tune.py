@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "settings.json"
-_HELDOUT, _HELDOUT_WINDOWS = 0.05, 32  # of the text, its end; of that, at most
+_HELDOUT, _HELDOUT_WINDOWS = 0.05, 16  # of the text, its end; of that, at most
 _SAVES = 0.1  # of all steps, between two checkpoints
 _WARMUP = 0.1  # of all steps
 
@@ -162,13 +163,13 @@ def training_tokens(
     seq_len: int,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences for `tune`, drawn from a text but its last 5 %, and at most 32 held-out windows from these.
+    """Sequences for `tune`, drawn from a text but its last 5 %, and at most 16 held-out windows from these.
 
     Args:
         text, tokenizer, sequences, seq_len, seed: see `token_batches`.
 
     Returns:
-        (sequences, seq_len) and (M, seq_len) int64, M from 1 to 32.
+        (sequences, seq_len) and (M, seq_len) int64, M from 1 to 16.
 
     Raises:
         GfwsvdError: what `token_batches` raises; and when the last 5 % are less than one window.
@@ -210,7 +211,8 @@ class _Student(nn.Module):
             loss, gradient = self._loss(states, expected, input_ids[:, 1:].flatten().long())
         if not (loss.isfinite() and gradient.isfinite().all()):
             raise GfwsvdError(
-                "the loss of the training or its gradient is NaN or infinite; start again with a lower learning rate"
+                "the loss of the training or its gradient is NaN or infinite; remove the work folder and start again "
+                "with a lower learning rate"
             )
         # Has the value of the loss, and the gradient that was computed along with it.
         surrogate = (states * gradient).sum()
@@ -286,6 +288,8 @@ def _train(student: _Student, settings: dict[str, Any], folder: Path, checkpoint
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise GfwsvdError(f"could not keep the training in {folder}: {error}; its last checkpoint is there") from error
     finally:
         progress.ticks.close()
     return int(trainer.state.global_step)

@@ -1,5 +1,6 @@
 """Recovery training: it recovers, touches nothing but the factors, goes on where it was, and fails without a loss."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from gfwsvd.checkpoint import inspect
@@ -201,6 +203,26 @@ def test_a_loss_that_is_nan_stops_and_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(GfwsvdError, match=r"NaN.*lower learning rate"):
         tune(model, TRAIN, HELDOUT, tmp_path / "w", reference=tiny_model("llama"), learning_rate=1e30)
     assert len(same(old, state(model))) == len(old)
+
+
+def test_a_full_disk_stops_and_the_training_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
+    model, _ = compressed()
+    old, arguments = state(model), {"reference": tiny_model("llama"), **SHORT}
+    write = Trainer._save_optimizer_and_scheduler
+
+    def full(trainer: Trainer, folder: str) -> None:
+        if trainer.state.global_step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(trainer, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(GfwsvdError, match="could not keep the training in .* No space left"):
+            tune(model, TRAIN, HELDOUT, tmp_path / "w", **arguments)
+    assert len(same(old, state(model))) == len(old)
+    seen = []
+    tune(model, TRAIN, HELDOUT, tmp_path / "w", track=lambda i, text: seen.append(text) or i, **arguments)
+    assert "training: 6 steps" in seen
 
 
 @pytest.mark.parametrize(
