@@ -104,7 +104,7 @@ def calibrate(
         labels: "empirical" takes the data's next tokens, "sampled" draws them from the model's own distribution.
         heldout: of the last sequences, how many to keep out of all sums; up to 512 of their tokens are stored, by which
             `compress` tells whether a layer's metrics hold for text they have not seen. Default: one of 16, where
-            gradients are collected.
+            gradients are collected. With a loss of your own only whole batches, as many as these hold.
         start: earlier statistics whose Kronecker factors the power iteration goes on from, in place of the identity.
         exclude: regular expressions; a layer whose name one of them matches is not collected.
         loss: `loss(model, batch)` gives a vector of unreduced losses; None is next-token cross-entropy. With padding,
@@ -133,7 +133,9 @@ def calibrate(
         if "input_ids" in batch:
             check_tokens(model, batch["input_ids"])
     backward = bool(collect & {GRADIENTS, KRONECKER})
-    batches, heldout_batches = _hold_out(batches, heldout if heldout is not None or backward else 0)
+    batches, heldout_batches = _hold_out(
+        batches, heldout if heldout is not None or backward else 0, whole=loss is not None
+    )
     settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance, "online": online}
     settings |= {"clip": clip, "seed": seed, "start": None if start is None else start.data_sha256}
     run = loss or (forward if collect == {INPUTS} else next_token_loss(labels, seed))
@@ -192,12 +194,18 @@ def check_settings(unit: str, labels: str, sweeps: int, clip: float, tolerance: 
         raise GfwsvdError(f"tolerance must be the sine of an angle, 0 to 1, got {tolerance}")
 
 
-def _hold_out(batches: Sequence[Batch], heldout: int | None) -> tuple[list[Batch], list[Batch]]:
-    """The batches without the last `heldout` sequences, and these."""
+def _hold_out(batches: Sequence[Batch], heldout: int | None, *, whole: bool) -> tuple[list[Batch], list[Batch]]:
+    """The batches without the last `heldout` sequences, and these; with `whole`, no batch is cut, since its rows may
+    belong together."""
     total = sum(map(_num_rows, batches))
     count = total // HELDOUT_SHARE if heldout is None else heldout
     if not 0 <= count < total:
         raise GfwsvdError(f"heldout must be from 0 to less than the {total} sequences there are, got {heldout}")
+    if whole:
+        last, rows = len(batches), 0
+        while rows + _num_rows(batches[last - 1]) <= count:
+            last, rows = last - 1, rows + _num_rows(batches[last - 1])
+        return list(batches[:last]), list(batches[last:])
     kept: list[Batch] = []
     held: list[Batch] = []
     seen = 0

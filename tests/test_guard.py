@@ -152,6 +152,22 @@ def test_the_report_says_which_metrics_each_layer_was_factored_by_and_what_they_
     assert not any(layer.heldout_losses for layer in compress(tiny_model("llama"), batches, guard=False).layers)
 
 
+def test_batches_of_a_users_loss_are_never_cut():
+    """Their rows may belong together, as the two sides of pairs do."""
+    sizes: list[int] = []
+
+    def loss(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        return _cross_entropy(model, batch).flatten()
+
+    for rows, heldout, held in (((6, 6, 6, 4), None, 0), ((6, 6, 4, 2), 3, 2), ((6, 6, 4, 2), 6, 6)):
+        sizes.clear()
+        batches = [{"input_ids": random_tokens(n, 8, seed=n)} for n in rows]
+        found = calibrate(tiny_model("llama"), batches, loss=loss, heldout=heldout)
+        assert found.num_heldout == held and found.num_sequences == sum(rows) - held
+        assert set(sizes) == set(rows)
+
+
 @pytest.mark.parametrize("heldout", [-1, 6, 7])
 def test_holding_out_all_or_less_than_none_is_refused(heldout):
     with pytest.raises(GfwsvdError, match="heldout must be from 0 to less than the 6 sequences"):
