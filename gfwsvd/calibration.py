@@ -202,9 +202,9 @@ def _hold_out(batches: Sequence[Batch], heldout: int | None, *, whole: bool) -> 
     if not 0 <= count < total:
         raise GfwsvdError(f"heldout must be from 0 to less than the {total} sequences there are, got {heldout}")
     if whole:
-        last, rows = len(batches), 0
-        while rows + _num_rows(batches[last - 1]) <= count:
-            last, rows = last - 1, rows + _num_rows(batches[last - 1])
+        last = len(batches)
+        while (left := count - _num_rows(batches[last - 1])) >= 0:
+            last, count = last - 1, left
         return list(batches[:last]), list(batches[last:])
     kept: list[Batch] = []
     held: list[Batch] = []
