@@ -44,6 +44,14 @@ class Entry(NamedTuple):
     def pivoted(self) -> bool:
         return self.kind == "pivoted"
 
+    def shapes(self, d_out: int, d_in: int) -> dict[str, tuple[int, ...]]:
+        """Last name and shape of each of its tensors, biases aside, where the layer has d_in inputs, d_out outputs."""
+        if self.rank is None:
+            return {"weight": (d_out, d_in)}
+        if self.pivoted:
+            return {"weight": (self.rank, d_in), "up": (d_out - self.rank, self.rank), "order": (d_out,)}
+        return {"weight": (self.rank, d_in), "up": (d_out, self.rank)}
+
 
 class StoredLayer(NamedTuple):
     """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts leave biases out."""
@@ -157,8 +165,7 @@ def check_layers(
         d_out, d_in = shapes.get(name, (outputs, weight.shape[1]))
         if rank > min(d_out - entry.pivoted, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
-        rows = d_out - rank if entry.pivoted else d_out
-        expected_shapes = {"weight": (rank, d_in), "up": (rows, rank), "order": (d_out,), "bias": (d_out,)}
+        expected_shapes = {**entry.shapes(d_out, d_in), "bias": (d_out,)}
         for leaf, info in found.items():
             if info.dtype not in _DTYPES[leaf]:
                 types = ", ".join(sorted(_DTYPES[leaf]))

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -25,7 +24,7 @@ from .card import model_card
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
-from .layers import LowRankLinear, is_linear, weight_shape
+from .layers import LowRankLinear, check_order, is_linear, weight_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,11 +83,7 @@ class GfwsvdQuantizer(HfQuantizer):
         model._weight_conversions = []
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear) and module.order is not None:
-                if not torch.equal(module.order.sort().values.cpu(), torch.arange(module.out_features).int()):
-                    raise GfwsvdError(
-                        f"{name}.order should hold each of 0 to {module.out_features - 1} once; the file was changed, "
-                        "copy the folder again or compress anew"
-                    )
+                check_order(name, module.order)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True

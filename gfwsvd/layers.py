@@ -98,6 +98,15 @@ class LowRankLinear(nn.Module):
         return sizes if self.order is None else f"{sizes}, pivoted=True"
 
 
+def check_order(name: str, order: Tensor) -> None:
+    """GfwsvdError unless the `order` (D_OUT,) of the pivoted layer `name` holds every place once."""
+    if not torch.equal(order.sort().values.cpu(), torch.arange(len(order), dtype=torch.int32, device="cpu")):
+        raise GfwsvdError(
+            f"{name}.order should hold each of 0 to {len(order) - 1} once; the file was changed, copy the folder again "
+            "or compress anew"
+        )
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a plain `nn.Linear`, or GPT-2's `Conv1D`, which holds its weight transposed."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
