@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, held under eight minutes by time limits: the extension, the tests of the kernels, memory and
-# race checks, all benchmarks, the predictions beside them, tables. It needs no network and installs nothing. Results go to
-# $OUT, or else to benchmarks/results.
-#   PYTHON=python3 OUT=folder benchmarks/gpu.sh
-#   benchmarks/gpu.sh --dry-run      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
+# Everything that needs a GPU, in parts that are held under eight minutes together by time limits: the extension and all
+# tests, memory and race checks, the benchmarks of the kernels with the predictions beside them and tables, generation. It
+# needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results. docs/gpu.md says more.
+#   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|serving ...]     # default: all parts
+#   benchmarks/gpu.sh --dry-run [...]      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
-last_benchmark=370 # seconds after which no benchmark is begun
+last_benchmark=300 # seconds after which no benchmark of a kernel is begun
 deadline=470       # seconds after which nothing runs any more: what a step may take is cut to what is left
 export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
 unset TRITON_INTERPRET
 dry=
-case "${1:-}" in
-    --dry-run) dry=1 deadline=$((5 * deadline)) ;; # who shares a CPU may take longer
-    ?*) echo "unknown argument $1; it takes --dry-run or nothing" >&2; exit 2 ;;
-esac
+parts=
+for argument in "$@"; do
+    case "$argument" in
+        --dry-run) dry=1 deadline=$((5 * deadline)) ;; # who shares a CPU may take longer
+        tests | checks | kernels | serving) parts+=" $argument" ;;
+        *) echo "unknown argument $argument; it takes --dry-run, tests, checks, kernels, serving" >&2; exit 2 ;;
+    esac
+done
+parts=${parts:-tests checks kernels serving}
+wants() { [[ " $parts " == *" $1 "* ]]; }
 
 results=$("$python" - "$dry" <<'CHECK'
 import sys
@@ -48,7 +54,7 @@ step() {
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || failed+=("$name: exit status $status")
 }
-rm -f "$out"/{tests,checks,kernels,model}.log
+rm -f "$out"/{tests,checks,kernels,serving}.log
 
 # What to run, and how small a dry run is
 pytest=("$python" -m pytest -q -p no:cacheprovider)
@@ -56,6 +62,7 @@ build=(env GFWSVD_BUILD_CUDA=1 "$python" setup.py --quiet build_ext --inplace)
 cases=(--keep 0.8 0.5)
 timing=(--seconds 0.3)
 predicted=("${cases[@]}")
+generation=(--shape llama-3.1-8b --dtype bfloat16 --device cuda --compile --engines dense naive fused)
 interpreter=()
 if [ "$dry" ]; then
     pytest+=(--collect-only -q)
@@ -63,23 +70,33 @@ if [ "$dry" ]; then
     cases=(--shapes tiny --keep 0.1 --tokens 4 --seq-len 4 --device cpu) # few ranks: the interpreter is slow
     timing=(--seconds 0 --sets 1)
     predicted=(--shapes tiny --keep 0.1 --tokens 4 --op lowrank_linear)
+    generation=(--shape tiny --batch 1 --prompt 4 --new 2 --rounds 1 --engines dense naive fused)
     interpreter=(env TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1)
 elif has xdist; then
-    pytest+=(-n 8) # compiling the kernels is what takes the time
+    pytest+=(-n "$(nproc)") # compiling the kernels is what takes the time
 fi
 
-if [ "$dry" ] || command -v nvcc >/dev/null; then
-    step "build of the extension" 90 tests.log "${build[@]}"
-else
-    echo "== nvcc is not on the PATH: no extension" | tee -a "$out/tests.log"
+# The extension is built while Triton's kernels, which need it not, are tested
+if wants tests; then
+    building=
+    if [ "$dry" ] || command -v nvcc >/dev/null; then
+        timeout 120 "${build[@]}" >>"$out/tests.log" 2>&1 &
+        building=$!
+    else
+        echo "== nvcc is not on the PATH: no extension" | tee -a "$out/tests.log"
+    fi
+    step "tests on the GPU" 110 tests.log \
+        "${interpreter[@]}" "${pytest[@]}" tests/kernels/test_cuda.py tests/test_gpu.py tests/test_factorize.py
+    if [ "$building" ] && ! wait "$building"; then
+        failed+=("build of the extension: see tests.log")
+    fi
+    step "tests of every kernel" 80 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels \
+        --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_aot.py
 fi
-step "tests on the GPU" 75 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels/test_cuda.py
-step "tests of every kernel" 50 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels \
-    --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_aot.py
 
 # The kernels of this project, not those of torch
-mapfile -t names < <("$python" -m benchmarks.kernel_names)
-[ ${#names[@]} -gt 0 ] || failed+=("names of the kernels: none found")
+wants checks && mapfile -t names < <("$python" -m benchmarks.kernel_names)
+! wants checks || [ ${#names[@]} -gt 0 ] || failed+=("names of the kernels: none found")
 ways=(ours ours_split_rank ours_persistent ours_matmuls ours_cuda_decode ours_cuda_persistent)
 groups=(lowrank_group lowrank_group_pivoted)
 mapfile -t others < <("$python" -c '
@@ -106,25 +123,34 @@ check() {
     step "$1 of groups" "$2" checks.log \
         "${tool[@]}" "$python" "${small[@]}" --op "${groups[@]}" --providers "${ways[@]}" "${few[@]}"
 }
-if [ "$dry" ] || command -v compute-sanitizer >/dev/null; then
+if ! wants checks; then
+    :
+elif [ "$dry" ] || command -v compute-sanitizer >/dev/null; then
     check memcheck 35
     check racecheck 20 # what memcheck ran is compiled by now
 else
     echo "== compute-sanitizer is not on the PATH: no memory and race checks" | tee -a "$out/checks.log"
 fi
 
-limit=$((last_benchmark - SECONDS))
-[ "$limit" -ge 30 ] || limit=30
-step benchmarks $((limit + 30)) kernels.log "${interpreter[@]}" "$python" -m benchmarks.run \
-    "${cases[@]}" "${timing[@]}" --limit "$limit" --results "$out/$results"
-step predictions 45 model.log "$python" -m benchmarks.model "${predicted[@]}" --results "$out/$results"
-picture=()
-if has matplotlib; then
-    picture=(--roofline "$out/roofline.png")
-else
-    echo "== no matplotlib: draw later with python -m benchmarks.tables $results --roofline roofline.png"
+if wants kernels; then
+    limit=$((last_benchmark - SECONDS))
+    [ "$limit" -ge 30 ] || limit=30
+    step benchmarks $((limit + 30)) kernels.log "${interpreter[@]}" "$python" -m benchmarks.run \
+        "${cases[@]}" "${timing[@]}" --limit "$limit" --results "$out/$results"
+    step predictions 45 kernels.log "$python" -m benchmarks.model "${predicted[@]}" --results "$out/$results"
+    picture=()
+    if has matplotlib; then
+        picture=(--roofline "$out/roofline.png")
+    else
+        echo "== no matplotlib: draw later with python -m benchmarks.tables $results --roofline roofline.png"
+    fi
+    step tables 25 kernels.log \
+        "$python" -m benchmarks.tables "$out/$results" --markdown "$out/kernels.md" "${picture[@]}"
 fi
-step tables 25 kernels.log "$python" -m benchmarks.tables "$out/$results" --markdown "$out/kernels.md" "${picture[@]}"
+
+if wants serving; then
+    step serving 100 serving.log "$python" -m benchmarks.serve "${generation[@]}" --results "$out/${results/kernels/serving}"
+fi
 
 echo "== $SECONDS s; results in $out"
 [ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -6,13 +6,15 @@
 Every low-rank engine stores the share `keep` of each linear layer, at uniform ranks, with random factors: speed does
 not depend on their values. "naive" is two `nn.Linear` in a row, "pivoted" the layer that checkpoints load, "fused" the
 same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. Prefill is one
-forward pass over the prompts and the first tokens; decoding is one token a step and sequence with the cache. With
---compile, steps run through torch.compile with a static cache, in CUDA graphs on a GPU.
+forward pass over the prompts and the first tokens; decoding is one token a step and sequence with a static cache
+(`gfwsvd.GraphDecoder`), on a GPU in a CUDA graph. With --compile, torch.compile makes one kernel of each norm and of
+the rotary embedding, in every engine alike.
 """
 
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import gfwsvd
 from benchmarks import record
@@ -100,10 +102,14 @@ def main() -> None:
     on_cpu = torch.device(arguments.device).type == "cpu"
     engines = arguments.engines or [name for name in ENGINES if not (on_cpu and name == "fused")]
     dense, name = _model(arguments)
+    if arguments.compile:
+        _compile_rotary_embedding(dense)
     rows: list[dict[str, Any]] = []
     for engine in engines:
         for keep in [1.0] if engine == "dense" else arguments.keep:
             model = ENGINES[engine](copy.deepcopy(dense), keep).eval()
+            if arguments.compile:
+                _compile_norms(model)
             for batch in arguments.batch:
                 row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
                 row |= {"prompt": arguments.prompt, "new": arguments.new, "dtype": arguments.dtype}
@@ -131,25 +137,33 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
         torch.set_default_dtype(default)
 
 
+def _compile_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.compile(dynamic=False)
+
+
+def _compile_rotary_embedding(model: nn.Module) -> None:
+    code: Any = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        code.apply_rotary_pos_emb = torch.compile(code.apply_rotary_pos_emb, dynamic=False)
+
+
 @torch.inference_mode()
 def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up."""
-    from transformers import DynamicCache, StaticCache
-
     device = torch.device(arguments.device)
     ids = torch.randint(model.config.vocab_size, (batch, arguments.prompt), device=device)
-    step = torch.compile(model, mode="reduce-overhead") if arguments.compile else model
-    firsts, decodes = [], []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    decoder = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
+    firsts, decodes = [], []
     for _ in range(arguments.rounds + 1):
-        length = arguments.prompt + arguments.new + 1
-        cache = StaticCache(model.config, max_cache_len=length) if arguments.compile else DynamicCache()
         began = _now(device)
-        token = _next(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        token = decoder.prefill(ids).argmax(-1)
         first = _now(device)
         for _ in range(arguments.new):
-            token = _next(step(input_ids=token, past_key_values=cache, use_cache=True)).clone()
+            token = decoder.step(token).argmax(-1)
         firsts.append(first - began)
         decodes.append(_now(device) - first)
     first, decode = (statistics.median(values[1:]) for values in (firsts, decodes))
@@ -161,10 +175,6 @@ def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, 
         "weights_bytes": sum(tensors.values()),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-
-
-def _next(output: Any) -> Tensor:
-    return output.logits[:, -1:].argmax(-1)
 
 
 def _now(device: torch.device) -> float:

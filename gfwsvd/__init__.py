@@ -25,6 +25,7 @@ from .methods import METHODS
 from .store import load_statistics, save_statistics
 
 if TYPE_CHECKING:
+    from .decoding import GraphDecoder
     from .hf import save_pretrained
     from .report import write_report
     from .sources import load_model, token_batches, windows
@@ -36,6 +37,7 @@ __all__ = [
     "METHODS",
     "CompressionReport",
     "GfwsvdError",
+    "GraphDecoder",
     "LatencyTable",
     "LowRankLinear",
     "Statistics",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _LAZY = {  # on first use, since they bring along transformers or matplotlib
+    "GraphDecoder": "decoding",
     "load_model": "sources",
     "load_text": "texts",
     "save_pretrained": "hf",

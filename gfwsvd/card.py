@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, {auto_class}
 model = {auto_class}.from_pretrained("PATH OR NAME OF THIS MODEL")
 ```
 
-vLLM reads it as it is where gfwsvd is installed beside it. Programs that do not know the format read the dense model that
-`gfwsvd convert THIS --merge --out DIR` makes of it: the same function at the size of the original.
+vLLM reads it as it is where gfwsvd is installed beside it. Programs that do not know the format read the dense model
+that `gfwsvd convert THIS --merge --out DIR` makes of it: the same function at the size of the original.
 """
 
 

@@ -53,6 +53,7 @@ LAYERS = {
     "gfwsvd.output": 5,
     "gfwsvd.sweep": 5,
     "gfwsvd.serve": 5,
+    "gfwsvd.decoding": 5,
     "gfwsvd.serving_vllm": 5,
     "gfwsvd.tune": 5,
     "gfwsvd.cli_app": 5,

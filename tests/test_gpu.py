@@ -1,0 +1,102 @@
+"""The package on a GPU: the same statistics, models and tokens as on the CPU, within what rounding does."""
+
+import copy
+
+import pytest
+import torch
+from oracles import symmetric
+
+from gfwsvd.calibration import calibrate
+from gfwsvd.compress import compress
+from gfwsvd.decoding import GraphDecoder
+from gfwsvd.evaluate import evaluate
+from gfwsvd.fuse import fuse
+from gfwsvd.latency import measure_latency
+from gfwsvd.ranks import STORAGE
+from gfwsvd.statistics import UNITS
+from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+IDS = random_tokens(3, 10)
+
+
+def _batches():
+    return [{"input_ids": random_tokens(4, 24, seed=seed)} for seed in range(4)]
+
+
+def _agree(actual, expected, tolerance):
+    difference = actual.cpu().double() - expected.double()
+    assert difference.norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_statistics_are_those_of_the_cpu(kind, unit):
+    model = tiny_model(kind)
+    expected = calibrate(model, _batches(), unit=unit, sweeps=2)
+    found = calibrate(copy.deepcopy(model).cuda(), _batches(), unit=unit, sweeps=2)
+    assert found.data_sha256 == expected.data_sha256 and found.layers.keys() == expected.layers.keys()
+    for name, stats in found.layers.items():
+        other = expected.layers[name]
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            _agree(symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(other, matrix)), 1e-4)
+        assert stats.scale == pytest.approx(other.scale, rel=1e-3)
+        assert stats.trace == pytest.approx(other.trace, rel=1e-3)
+        assert stats.squared_parts == pytest.approx(other.squared_parts, rel=1e-3)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+def test_a_compressed_model_is_that_of_the_cpu(kind, storage):
+    model = tiny_model(kind)
+    on_gpu = copy.deepcopy(model).cuda()
+    expected = compress(model, _batches(), keep=0.7, storage=storage)
+    found = compress(on_gpu, _batches(), keep=0.7, storage=storage)
+    assert [layer.rank for layer in found.layers] == [layer.rank for layer in expected.layers]
+    assert sum(layer.predicted_loss for layer in found.layers) == pytest.approx(
+        sum(layer.predicted_loss for layer in expected.layers), rel=1e-3
+    )
+    with torch.no_grad():
+        _agree(on_gpu(input_ids=IDS.cuda()).logits, model(input_ids=IDS).logits, 1e-3)
+    windows = random_tokens(2, 20, seed=9)
+    assert evaluate(on_gpu, windows).perplexity == pytest.approx(evaluate(model, windows).perplexity, rel=1e-3)
+
+
+def test_a_bfloat16_model_is_calibrated_and_compressed():
+    model = tiny_model("llama").bfloat16()
+    on_gpu = copy.deepcopy(model).cuda()
+    expected, found = compress(model, _batches(), keep=0.8), compress(on_gpu, _batches(), keep=0.8)
+    assert found.kept == pytest.approx(expected.kept, abs=0.02)
+    with torch.no_grad():
+        _agree(on_gpu(input_ids=IDS.cuda()).logits.float(), model(input_ids=IDS).logits.float(), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_a_fused_model_has_the_logits_of_the_model_as_it_was(storage, dtype):
+    model = tiny_model("llama").cuda()
+    compress(model, _batches(), keep=0.7, storage=storage)
+    model.to(dtype)
+    ids = IDS.cuda()
+    with torch.no_grad():
+        for part in (ids[:1, :1], ids[:1], ids, random_tokens(4, 40).cuda()):  # each of the three ways
+            model_logits = model(input_ids=part).logits.float()
+            _agree(fuse(copy.deepcopy(model))(input_ids=part).logits.float(), model_logits.cpu(), 3e-2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_replayed_steps_say_the_tokens_of_generation(fused):
+    model = tiny_model("llama").cuda()
+    compress(model, _batches(), keep=0.7)
+    ids = IDS.cuda()
+    expected = model.generate(
+        ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids)
+    )
+    decoder = GraphDecoder(fuse(model) if fused else model, batch_size=3, max_length=32)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(ids, max_new_tokens=20), expected)
+
+
+def test_latency_is_measured_on_the_gpu():
+    table = measure_latency(tiny_model("llama").bfloat16().cuda(), tokens=1)
+    assert table.device == torch.cuda.get_device_name() and table.dtype == "bfloat16"
