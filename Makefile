@@ -12,7 +12,7 @@ VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 VLLM_MARK := $(VLLM)/.complete
 
-.PHONY: help install demo test test-vllm gpu extension lint clean
+.PHONY: help install demo test test-vllm gpu lint clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
@@ -20,7 +20,6 @@ help:
 	@echo "make test      run the test suite"
 	@echo "make test-vllm run the tests of serving with vLLM on a CPU, in $(VLLM), an environment of its own"
 	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
-	@echo "make extension build the CUDA C++ kernels in place: needs nvcc, ninja and pybind11 (or torch), no GPU"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make clean     remove $(VENV), caches and build products"
 
@@ -35,7 +34,7 @@ install: $(MARK)
 # pip makes the editable installation through an import hook, which comes after the search of sys.path: there a mere
 # folder named gfwsvd, such as a clone seen from its parent, would win. The path file puts the sources on sys.path
 # themselves.
-$(MARK): pyproject.toml setup.py requirements/dev.txt requirements/models.txt
+$(MARK): pyproject.toml requirements/dev.txt requirements/models.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "gfwsvd needs Python 3.11 or newer, got $$($(PYTHON) --version)." >&2; \
 			echo "Name one: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
@@ -76,15 +75,11 @@ test-vllm: $(VLLM_MARK)
 gpu:
 	@PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
-# With the environment's packages where it exists, else with those of PYTHON, as on a machine that has its own torch.
-extension:
-	@if [ -x $(RUN) ]; then $(RUN) csrc/build_extension.py; else $(PYTHON) csrc/build_extension.py; fi
-
 lint: $(MARK)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM) build kernels/gfwsvd_kernels/_C*.so dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

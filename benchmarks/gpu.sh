@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts that are held under eight minutes together by time limits: the extension and all
-# tests, memory and race checks, the benchmarks of the kernels with the predictions beside them and tables, generation. It
+# Everything that needs a GPU, in parts that are held under eight minutes together by time limits: all tests,
+# memory and race checks, the benchmarks of the kernels with the predictions beside them and tables, generation. It
 # needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results. docs/gpu.md says more.
 #   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|serving ...]     # default: all parts
 #   benchmarks/gpu.sh --dry-run [...]      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
 last_benchmark=300 # seconds after which no benchmark of a kernel is begun
 deadline=470       # seconds after which nothing runs any more: what a step may take is cut to what is left
-export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
+export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 dry=
 parts=
@@ -58,7 +58,6 @@ rm -f "$out"/{tests,checks,kernels,serving}.log
 
 # What to run, and how small a dry run is
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-build=(env GFWSVD_BUILD_CUDA=1 "$python" setup.py --quiet build_ext --inplace)
 cases=(--keep 0.8 0.5)
 timing=(--seconds 0.3)
 predicted=("${cases[@]}")
@@ -66,7 +65,6 @@ generation=(--shape llama-3.1-8b --dtype bfloat16 --device cuda --compile --engi
 interpreter=()
 if [ "$dry" ]; then
     pytest+=(--collect-only -q)
-    build=("$python" setup.py --quiet build_ext --inplace)
     cases=(--shapes tiny --keep 0.1 --tokens 4 --seq-len 4 --device cpu) # few ranks: the interpreter is slow
     timing=(--seconds 0 --sets 1)
     predicted=(--shapes tiny --keep 0.1 --tokens 4 --op lowrank_linear)
@@ -76,20 +74,9 @@ elif has xdist; then
     pytest+=(-n "$(nproc)") # compiling the kernels is what takes the time
 fi
 
-# The extension is built while Triton's kernels, which need it not, are tested
 if wants tests; then
-    building=
-    if [ "$dry" ] || command -v nvcc >/dev/null; then
-        timeout 120 "${build[@]}" >>"$out/tests.log" 2>&1 &
-        building=$!
-    else
-        echo "== nvcc is not on the PATH: no extension" | tee -a "$out/tests.log"
-    fi
-    step "tests on the GPU" 110 tests.log \
+    step "tests on the GPU" 120 tests.log \
         "${interpreter[@]}" "${pytest[@]}" tests/kernels/test_cuda.py tests/test_gpu.py tests/test_factorize.py
-    if [ "$building" ] && ! wait "$building"; then
-        failed+=("build of the extension: see tests.log")
-    fi
     step "tests of every kernel" 80 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels \
         --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_aot.py
 fi
@@ -97,7 +84,7 @@ fi
 # The kernels of this project, not those of torch
 wants checks && mapfile -t names < <("$python" -m benchmarks.kernel_names)
 ! wants checks || [ ${#names[@]} -gt 0 ] || failed+=("names of the kernels: none found")
-ways=(ours ours_split_rank ours_persistent ours_matmuls ours_cuda_decode ours_cuda_persistent)
+ways=(ours ours_matmuls)
 groups=(lowrank_group lowrank_group_pivoted)
 mapfile -t others < <("$python" -c '
 from benchmarks.registry import OPS

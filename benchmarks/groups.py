@@ -4,7 +4,7 @@ The factors are the same for everyone. Those who do not know of groups or of piv
 by itself, the order that puts pivoted outputs in their places, one dense weight for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,9 +16,7 @@ from benchmarks import providers as by
 from benchmarks.providers import Call, Inputs, Missing, Provider
 from benchmarks.shapes import GroupCase
 from gfwsvd_kernels import Factors, LowRankGroup
-from gfwsvd_kernels.layout import FEW_TOKENS, SOME_TOKENS, Operands
-
-Linear = Callable[[Tensor, Tensor], Tensor]
+from gfwsvd_kernels.layout import FEW_TOKENS, Operands
 
 
 def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -99,13 +97,12 @@ def apart(
     factors: Sequence[tuple[Tensor, Tensor]],
     orders: Sequence[Tensor | None],
     silu_mul: bool,
-    linear: Linear = F.linear,
 ) -> Tensor:
     """Each projection by itself in two products, then side by side or multiplied."""
     parts = []
     for (down, up), order in zip(factors, orders, strict=True):
-        z = linear(x, down)
-        y = linear(z, up)
+        z = F.linear(x, down)
+        y = F.linear(z, up)
         parts.append(y if order is None else torch.cat((z, y), -1).index_select(-1, order))
     return _joined(parts, silu_mul)
 
@@ -120,18 +117,6 @@ _ARGUMENTS = ("x", "factors", "orders", "silu_mul")
 
 def _two_matmuls(i: Inputs) -> Tensor:
     return apart(*(i[name] for name in _ARGUMENTS))
-
-
-def _separate(device: torch.device) -> Call:
-    """The kernel of `lowrank_linear`, two launches a projection; its definition on a CPU."""
-    if device.type != "cuda":
-        return _two_matmuls
-    launch = import_module("gfwsvd_kernels.lowrank").linear
-
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
-        return launch(x, weight, None, out_dtype=x.dtype)
-
-    return lambda i: apart(*(i[name] for name in _ARGUMENTS), linear)
 
 
 def _imported(module: str) -> Any:
@@ -162,29 +147,6 @@ def in_triton(name: str, most_tokens: int | None = None) -> Provider:
     return Provider(load)
 
 
-def in_cuda(name: str, most_tokens: int) -> Provider:
-    """One implementation of the compiled extension by itself."""
-
-    def load(device: torch.device) -> Call:
-        if device.type != "cuda":
-            raise Missing("needs a GPU")
-        extension = _imported("extension")
-        if not extension.available(device):
-            raise Missing("the extension was not built, or is not for this GPU")
-
-        def call(i: Inputs) -> Tensor:
-            _at_most(most_tokens, i)
-            if not extension.fits(name, i["x"], i["layout"]):
-                raise Missing("does not take this dtype or these sizes")
-            y = i["x"].new_empty(len(i["x"]), i["layout"].out_width)
-            getattr(extension, name)(i["x"], i["operands"], i["layout"], y)
-            return y
-
-        return call
-
-    return Provider(load)
-
-
 _OURS = by.ours("decode", "lowrank_group", "x", *Operands._fields, "sizes", "silu_mul")
 
 
@@ -194,23 +156,12 @@ def _unpivoted(device: torch.device) -> Call:
     return lambda i: call(i | i["unpivoted"])
 
 
-def _two_launch(device: torch.device) -> Call:
-    by.needs_triton(device)
-    launch = import_module("benchmarks.peers").two_launch_group
-    return lambda i: launch(i["x"], i["down"], i["up"], i["layout"])
-
-
-PIVOTED_PROVIDERS: dict[str, Provider] = {
+PROVIDERS: dict[str, Provider] = {
     "ours": _OURS,
-    "ours_split_rank": in_triton("split_rank", FEW_TOKENS),
-    "ours_persistent": in_triton("persistent", SOME_TOKENS),
+    "ours_skinny": in_triton("skinny", FEW_TOKENS),
     "ours_matmuls": in_triton("matmuls"),
-    "ours_cuda_decode": in_cuda("decode", FEW_TOKENS),
-    "ours_cuda_persistent": in_cuda("persistent", SOME_TOKENS),
     "dense": by.plain(_dense_call),
     "two_matmuls": by.plain(_two_matmuls),
     "compiled": by.compiled(apart, *_ARGUMENTS),
-    "separate": Provider(_separate),
 }
-PROVIDERS = PIVOTED_PROVIDERS | {"two_launch": Provider(_two_launch)}
-PIVOTED_PROVIDERS["unpivoted"] = Provider(_unpivoted)
+PIVOTED_PROVIDERS = PROVIDERS | {"unpivoted": Provider(_unpivoted)}

@@ -8,14 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = re.compile(r"^@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", re.MULTILINE)
-CUDA = re.compile(r"^(?!#).*\b(?:__global__|KERNEL)\b.*?\b(\w+_kernel)\(", re.MULTILINE)
 
 
 def kernel_names(root: Path = ROOT) -> list[str]:
-    """Kernels end in `_kernel`, in Triton and in CUDA C++."""
-    triton = [name for path in root.glob("kernels/gfwsvd_kernels/*.py") for name in TRITON.findall(path.read_text())]
-    cuda = [name for path in root.glob("csrc/*.cu*") for name in CUDA.findall(path.read_text())]
-    return sorted({*triton, *cuda})
+    """Kernels end in `_kernel`."""
+    sources = root.glob("kernels/gfwsvd_kernels/*.py")
+    return sorted({name for path in sources for name in TRITON.findall(path.read_text())})
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 
 from benchmarks import measure, record, run, tables
 from benchmarks.gate import Gate
-from benchmarks.groups import in_cuda
 from benchmarks.measure import ceilings as measured_ceilings
-from benchmarks.providers import Missing, Provider, plain
+from benchmarks.providers import Provider, plain
 from benchmarks.registry import OPS
 from benchmarks.shapes import MODELS, Case, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_GPUS = {"quack", "flash_muon", "ours_cuda_decode", "ours_cuda_persistent"}
-MOST_TOKENS = {"ours_split_rank": 8, "ours_persistent": 64}
+ON_GPUS = {"quack", "flash_muon"}
+MOST_TOKENS = {"ours_skinny": 8}
 CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
 EVERY_LAYER = MODELS["tiny"]
 QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--sets", "1", "--device", "cpu")
@@ -81,26 +80,6 @@ def test_every_way_through_a_group_is_right(monkeypatch, tmp_path, tokens):
     expected = {name for op in ("lowrank_group", "lowrank_group_pivoted") for name in OPS[op].providers} - ON_GPUS
     assert runs == {name for name in expected if tokens <= MOST_TOKENS.get(name, tokens)}
     assert {row["status"] for row in rows} == {"correct", "missing"}
-
-
-def test_the_extension_is_measured_where_it_is_built_and_fits(monkeypatch):
-    cuda, i = torch.device("cuda"), {"x": torch.ones(3, 8), "layout": SimpleNamespace(out_width=5)}
-    i["operands"] = None
-    extension = SimpleNamespace(available=lambda device: False, fits=lambda kernel, x, layout: False)
-    extension.decode = lambda *arguments: arguments[-1].fill_(7)
-    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", extension)
-    with pytest.raises(Missing, match="was not built"):
-        in_cuda("decode", 8).load(cuda)
-    extension.available = lambda device: True
-    with pytest.raises(Missing, match="does not take this dtype"):
-        in_cuda("decode", 8).load(cuda)(i)
-    extension.fits = lambda kernel, x, layout: kernel == "decode"
-    with pytest.raises(Missing, match="at most 2 tokens"):
-        in_cuda("decode", 2).load(cuda)(i)
-    assert torch.equal(in_cuda("decode", 8).load(cuda)(i), torch.full((3, 5), 7.0))
-    monkeypatch.setitem(sys.modules, "gfwsvd_kernels.extension", None)
-    with pytest.raises(Missing, match="is not there"):
-        in_cuda("decode", 8).load(cuda)
 
 
 def test_rates_and_ratios_follow_from_the_times(everything):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfwsvd_kernels import layout, tiles
 from gfwsvd_kernels.layout import Layout, Operands, Projection
 from gfwsvd_kernels.ops import lowrank_group
 
@@ -43,10 +42,9 @@ class LowRankGroup(nn.Module):
     projections of one D_OUT, it is `silu(y_0) * y_1` (..., D_OUT). The intermediate `down x` is rounded to the dtype of
     x, everything else is summed in float32.
 
-    On a GPU up to 8 tokens take one launch that splits the rank over the SMs and adds in no fixed order; up to 64 (and
-    fewer under `torch.use_deterministic_algorithms(True)`) take one persistent launch, more take matrix products. Calls
-    can be captured in a CUDA graph and traced by `torch.compile`. The module owns a workspace: calls on the same module
-    must follow one another on one stream. Its buffers are laid out for the kernels (`layout.py`), are no part of a
+    On a GPU up to 8 tokens take two launches that read every weight once and overlap, and a third one for an activation
+    of pivoted projections; more tokens take matrix products. Results repeat bit for bit. Calls can be captured in a
+    CUDA graph and traced by `torch.compile`. The buffers are laid out for the kernels (`layout.py`), are no part of a
     state dict, and have no gradient.
     """
 
@@ -54,7 +52,6 @@ class LowRankGroup(nn.Module):
     up: Tensor
     bias: Tensor | None
     table: Tensor
-    workspace: Tensor
 
     def __init__(self, projections: Sequence[Factors], *, activation: str | None = None) -> None:
         """Copies the factors, which must agree in dtype, device and D_IN.
@@ -79,7 +76,7 @@ class LowRankGroup(nn.Module):
     @property
     def operands(self) -> Operands:
         """The module's tensors as the launchers take them."""
-        return Operands(self.down, self.up, self.bias, self.table, self.workspace)
+        return Operands(self.down, self.up, self.bias, self.table)
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)
@@ -89,40 +86,22 @@ class LowRankGroup(nn.Module):
 
 def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, Operands]:
     """The sizes of a group and its tensors, as `layout.py` describes them."""
-    device, dtype = projections[0].down.device, projections[0].down.dtype
-    blocks = [layout.columns(p.d_out, None if p.pivots is None else p.pivots.cpu()) for p in projections]
-    costs = [
-        (p.down.shape[0], p.down.shape[1] + bounds[-1]) for p, (bounds, _) in zip(projections, blocks, strict=True)
-    ]
-    chunks = layout.rank_chunks(costs, tiles.target(device).num_sms)
-    sizes = Layout(
-        tuple(
-            Projection(p.down.shape[0], p.d_out, bounds[-1], int(p.pivots is not None), chunk)
-            for p, (bounds, _), chunk in zip(projections, blocks, chunks, strict=True)
-        ),
-        silu_mul,
-    )
+    sizes = Layout(tuple(Projection(len(p.down), p.d_out, int(p.pivots is not None)) for p in projections), silu_mul)
     if sizes.up_numel >= 2**31:
         raise ValueError(
             f"the up factors of a group must have fewer than 2^31 elements, got {sizes.up_numel}: split it"
         )
-    up = torch.zeros(sizes.up_numel, dtype=dtype, device=device)
-    for p, record, (_, source) in zip(projections, sizes.records(), blocks, strict=True):
-        start, rank, pitch = record["up_start"], record["rank"], record["pitch"]
-        up[start : start + rank * pitch].view(rank, pitch)[:, source[source >= 0].to(device)] = p.up.detach().mT
+    like = projections[0].down
+    down, up = like.new_zeros(sizes.z_width, like.shape[1]), like.new_zeros(sizes.up_numel)
+    for p, own, record in zip(projections, sizes.projections, sizes.records, strict=True):
+        z, start = record["z_start"], record["up_start"]
+        down[z : z + own.rank] = p.down.detach()
+        up[start : start + own.rows * own.pitch].view(own.rows, own.pitch)[:, : own.rank] = p.up.detach()
     bias = None
     if any(p.bias is not None for p in projections):
         bias = torch.cat([up.new_zeros(p.d_out) if p.bias is None else p.bias.detach() for p in projections])
-    numbers = [number for record in sizes.records() for number in record.values()]
-    numbers += [bound for bounds, _ in blocks for bound in bounds]
-    sources = [source for _, source in blocks] if sizes.pivoted else []
-    return sizes, Operands(
-        down=torch.cat([p.down.detach() for p in projections]),
-        up=up,
-        bias=bias,
-        table=torch.cat([torch.tensor(numbers, dtype=torch.int32), *sources]).to(device),
-        workspace=torch.zeros(sizes.workspace_numel, dtype=torch.int32, device=device),
-    )
+    table = sizes.table([None if p.pivots is None else p.pivots.cpu() for p in projections])
+    return sizes, Operands(down, up, bias, table.to(like.device))
 
 
 def _check(projections: Sequence[Factors], activation: str | None) -> None:

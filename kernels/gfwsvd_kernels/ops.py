@@ -333,7 +333,6 @@ _lowrank_group = _define(
     "gfwsvd_kernels.decode",
     _check_group,
     shape_only=lambda x, *args: x.new_empty((*x.shape[:-1], Layout.of(*args[-2:]).out_width)),
-    mutates=("workspace",),
 )
 
 

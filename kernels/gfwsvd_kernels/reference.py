@@ -170,24 +170,16 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
 
 
 def lowrank_group(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    workspace: Tensor,
-    sizes: list[int],
-    silu_mul: bool,
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, table: Tensor, sizes: list[int], silu_mul: bool
 ) -> Tensor:
     layout = Layout.of(sizes, silu_mul)
     parts = []
-    for record in layout.records():
-        start, rank, pitch, d_out = (record[name] for name in ("up_start", "rank", "pitch", "d_out"))
-        z = F.linear(x, down[record["z_start"] : record["z_start"] + rank])
-        y = z @ up[start : start + rank * pitch].view(rank, pitch)
-        if layout.pivoted:
-            source = table[record["source_start"] : record["source_start"] + d_out].long()
-            y = torch.cat((y, z), -1)[..., torch.where(source < 0, pitch - 1 - source, source)]
-        y = y[..., :d_out]
-        parts.append(y if bias is None else y + bias[record["out_start"] : record["out_start"] + d_out])
+    for p, record in zip(layout.projections, layout.records, strict=True):
+        start, source_start, out_start = (record[name] for name in ("up_start", "source_start", "out_start"))
+        z = F.linear(x, down[record["z_start"] :][: p.pitch])
+        y = F.linear(z, up[start : start + p.rows * p.pitch].view(p.rows, p.pitch))
+        if p.pivoted:
+            source = table[source_start : source_start + p.d_out].long()
+            y = torch.cat((y, z), -1)[..., torch.where(source < 0, p.rows - 1 - source, source)]
+        parts.append(y if bias is None else y + bias[out_start : out_start + p.d_out])
     return F.silu(parts[0]) * parts[1] if silu_mul else torch.cat(parts, -1)

@@ -1,6 +1,6 @@
 """The sequence-unit step: out += sum_s g_sᵀ (K_s g_s), K_s = x_s A x_sᵀ, over sequences of any lengths.
 
-Four kernels and no gradient G_s: y = x A (`lowrank.linear`); the blocks K_s = y_s x_sᵀ, computed for a panel of tokens
+Four kernels and no gradient G_s: y = x A (`linear.py`); the blocks K_s = y_s x_sᵀ, computed for a panel of tokens
 at a time so that the workspace is bounded; e = K g, each tile of tokens walking only the tokens of its sequences; and
 the triangle of gᵀ e (`gram.gram_accumulate`). All of it in float32 where A is given: the sum is positive semi-definite
 only as far as K is.
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gfwsvd_kernels import gram, lowrank, tiles
+from gfwsvd_kernels import gram, tiles
+from gfwsvd_kernels.linear import linear
 from gfwsvd_kernels.reference import symmetrize
 
 PANEL_ELEMENTS = 2**26  # of the float32 workspace for K: 256 MB
@@ -207,6 +208,6 @@ def sequence_unit_step(
 ) -> None:
     if x.numel() == 0 or g.numel() == 0:
         return
-    y = x if A is None else lowrank.linear(x, symmetrize(A), None, out_dtype=torch.float32, target=target, tile=tile)
+    y = x if A is None else linear(x, symmetrize(A), target=target, tile=tile)
     e = block_diagonal_product(y, x, g, cu_seqlens, target=target, tile=tile)
     gram.gram_accumulate(out, g, other=e, target=target, tile=tile)

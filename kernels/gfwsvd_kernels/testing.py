@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, lowrank, quadform, sequence, tiles
+from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, quadform, sequence, tiles
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 _empty = partial(torch.empty, device="meta")
@@ -129,14 +129,10 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
 
 
 def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
-    few, many, rank = 8, 8192, width // 8
-    x, weight, A = _empty(many, width, dtype=dtype), _empty(many), _empty(width, width)
+    x, weight, A = _empty(8192, width, dtype=dtype), _empty(8192), _empty(width, width)
     gram.gram_accumulate(A, x, weight, target=target)
     quadform.quadratic_form_scale(x, A, x, 1.0, target=target)
     sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
-    down, up, bias = (_empty(*shape, dtype=dtype) for shape in ((rank, width), (width, rank), (width,)))
-    for num_tokens in (few, many):
-        lowrank.lowrank_linear(x[:num_tokens], down, up, bias, target=target)
 
 
 def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
@@ -163,29 +159,19 @@ def _packed(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_groups(target: tiles.Target) -> None:
-    """Groups of projections: one, three with biases, gate and up; as they are and pivoted; slices of any rank."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    _launch_group(bf16, 4096, 1, target)
-    _launch_group(bf16, 4096, 3, target, with_bias=True)
-    _launch_group(bf16, 4096, 3, target, with_bias=True, pivoted=True)
-    _launch_group(bf16, 4096, 2, target)
-    for dtype, width, rank in ((bf16, 4096, 1632), (bf16, 4096, 3264), (fp16, 4096, 6528), (fp32, 4096, 1632)):
-        _launch_group(dtype, width, 2, target, rank=rank, pivoted=True)
-    _launch_group(fp32, 4095, 2, target, with_bias=True, pivoted=True)
+    """Groups of projections: one, three with biases, gate and up; as they are and pivoted."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for count in (1, 2, 3):
+            for pivoted in (False, True):
+                _launch_group(dtype, 4096, count, target, with_bias=count == 3, pivoted=pivoted)
+    _launch_group(torch.float32, 4095, 2, target, with_bias=True, pivoted=True)
 
 
 def _launch_group(
-    dtype: torch.dtype,
-    width: int,
-    count: int,
-    target: tiles.Target,
-    *,
-    rank: int = 1632,
-    with_bias: bool = False,
-    pivoted: bool = False,
+    dtype: torch.dtype, width: int, count: int, target: tiles.Target, *, with_bias: bool = False, pivoted: bool = False
 ) -> None:
     """One projection, three, or two that make up one output, `width` to `width`."""
-    rank //= count
+    rank = 1632 // count
     projection = Factors(
         _empty(rank, width, dtype=dtype),
         _empty(width - rank if pivoted else width, rank, dtype=dtype),
@@ -193,7 +179,7 @@ def _launch_group(
         torch.arange(rank) if pivoted else None,
     )
     group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
-    for num_tokens in (layout.FEW_TOKENS, 16, 32, layout.SOME_TOKENS, 1000):
+    for num_tokens in (1, layout.FEW_TOKENS, 1000):
         x = _empty(num_tokens, width, dtype=dtype)
         decode.lowrank_group(x, *group.operands, group.layout.sizes, group.layout.silu_mul, target=target)
 
@@ -204,7 +190,6 @@ def _launch_ones(target: tiles.Target) -> None:
     gram.gram_accumulate(one, one, one[0], target=target)
     quadform.quadratic_form_scale(one, one, one, 1.0, target=target)
     sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
-    lowrank.lowrank_linear(one, one, one, one[0], target=target)
 
 
 def report(arch: int, number: int) -> dict[str, Any]:

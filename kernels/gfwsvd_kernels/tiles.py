@@ -4,7 +4,7 @@ The entries come from ahead-of-time compilation: tiles that neither spill nor lo
 architecture. `tests/kernels/test_aot.py` compiles every one of them again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,22 +78,6 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
         90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
         100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
     },
-    "linear_few": {
-        80: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 64, 4, 4)},
-        90: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 64, 4, 4)},
-        100: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 64, 4, 4)},
-    },
-    "split_rank": {  # rows: tokens; cols: of up; depth: of x and down; both for slices of 16 ranks
-        80: {2: Tile(16, 512, 256, 4, 4), 4: Tile(16, 256, 64, 4, 3)},
-        90: {2: Tile(16, 512, 256, 4, 6), 4: Tile(16, 256, 64, 4, 4)},
-        100: {2: Tile(16, 512, 256, 4, 6), 4: Tile(16, 256, 64, 4, 4)},
-    },
-    "persistent": {  # rows: tokens, at least; cols: of up; depth: of x and down, and of z and up
-        80: {2: Tile(16, 32, 128, 4, 4), 4: Tile(16, 32, 32, 4, 3)},
-        # One program of an SM would have too few bytes on their way to keep the memory busy
-        90: {2: Tile(16, 32, 128, 4, 5, per_sm=2), 4: Tile(16, 32, 32, 4, 3)},
-        100: {2: Tile(16, 64, 64, 8, 3, per_sm=2), 4: Tile(16, 32, 32, 8, 3)},
-    },
 }
 
 # Larger tiles, which load less for each product, of the kernels that choose by the size of the problem. Those of the
@@ -112,9 +96,6 @@ UNALIGNED: dict[str, Tile] = {
     "scores": Tile(64, 64, 32, 8, 2),
     "apply": Tile(64, 64, 32, 8, 2),
     "linear": Tile(64, 64, 32, 8, 2),
-    "linear_few": Tile(16, 32, 64, 4, 2),
-    "split_rank": Tile(16, 128, 64, 4, 2),
-    "persistent": Tile(16, 32, 32, 4, 2),
 }
 
 
@@ -246,6 +227,16 @@ def gram_plan(candidates: list[Tile], target: Target, num_tokens: int, width: in
         programs = num_tiles if deterministic else target.num_sms * candidate.per_sm
         planned.append((candidate, plan(num_tiles, steps, programs)))
     return min(planned, key=lambda pair: pair[1].longest * pair[0].depth * (pair[0].rows + pair[0].cols))
+
+
+# By tokens, at most: rows of a weight that a program multiplies, and how many of their columns (of 2 bytes) in a step
+SKINNY = {1: Tile(8, 1, 512, 4, 1), 2: Tile(4, 2, 512, 2, 1), 4: Tile(2, 4, 512, 2, 1), 8: Tile(2, 8, 512, 2, 1)}
+
+
+def skinny_tile(dtype: torch.dtype, num_tokens: int) -> Tile:
+    """The tile for a few tokens through a weight in dtype."""
+    tile = SKINNY[next(tokens for tokens in SKINNY if num_tokens <= tokens)]
+    return replace(tile, depth=2 * tile.depth // dtype.itemsize)
 
 
 def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor, g: Tensor | None = None) -> Tile:

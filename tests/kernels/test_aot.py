@@ -11,17 +11,9 @@ from gfwsvd_kernels import tiles
 
 # Shared memory that a block may have: 8.6 and 8.9 run the tiles of 8.0 and have the least.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# The small tiles have fewer rows than a wgmma or tcgen05 instruction, so any architecture runs them by mma.sync.
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-KERNELS = (
-    "gram_kernel",
-    "quadratic_form_kernel",
-    "scores_kernel",
-    "linear_kernel",
-    "split_rank_kernel",
-    "persistent_kernel",
-)
-FEW_ROWS = ("linear_kernel", "split_rank_kernel", "persistent_kernel")  # may have too few for the larger instructions
+KERNELS = ("gram_kernel", "quadratic_form_kernel", "scores_kernel", "linear_kernel", "down_kernel", "up_kernel")
+WITHOUT_TENSOR_CORES = ("down_kernel", "up_kernel", "finish_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +42,10 @@ def test_nothing_spills(compiled):
 
 def test_products_run_on_the_tensor_cores_of_the_architecture(compiled):
     for row in compiled:
-        if row["kernel"] == "finish_kernel":  # moves what others have multiplied
+        if row["kernel"] in WITHOUT_TENSOR_CORES:
             assert not row["tensor_core"]
-            continue
-        few_rows = row["flags"].get("BLOCK_T", 64) < 64 and row["kernel"] in FEW_ROWS
-        assert ("mma.sync" if few_rows else INSTRUCTION[row["arch"]]) in row["tensor_core"], row
+        else:
+            assert INSTRUCTION[row["arch"]] in row["tensor_core"], row
 
 
 def test_a_block_fits_the_shared_memory(compiled):
@@ -63,5 +54,5 @@ def test_a_block_fits_the_shared_memory(compiled):
 
 def test_an_sm_holds_the_programs_that_a_persistent_grid_counts_on(compiled):
     for row in compiled:
-        if row["kernel"] in ("gram_kernel", "persistent_kernel"):
+        if row["kernel"] == "gram_kernel":
             assert row["grid"][0] <= row["blocks_per_sm"] * tiles.H200.num_sms, row

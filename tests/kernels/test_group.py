@@ -4,18 +4,17 @@ import re
 
 import pytest
 import torch
-from group_cases import GROUPS, by_torch, factors, group_of, oracle
+from group_cases import GROUPS, by_torch, group_of, oracle
 from kernel_cases import DEVICE, DTYPES, assert_as_good_as
 from torch import Tensor
 
-from gfwsvd_kernels import Factors, LowRankGroup, decode, layout, lowrank_linear, tiles
+from gfwsvd_kernels import Factors, LowRankGroup, decode, lowrank_linear
 
 # name -> (launcher, the definition if None; a token count for half precision; another one)
 LAUNCHERS = {
     "definition": (None, (20, 1)),
-    "split_rank": (decode.split_rank, (8, 1)),
-    "persistent": (decode.persistent, (17, 64)),
-    "matmuls": (decode.matmuls, (65, 1)),
+    "skinny": (decode.skinny, (5, 1)),
+    "matmuls": (decode.matmuls, (9, 1)),
 }
 RUNS = [
     (name, num_tokens, dtype)
@@ -48,20 +47,7 @@ def test_a_group_computes_its_projections(case, launcher, num_tokens, dtype):
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
 
 
-@pytest.mark.parametrize("case", GROUPS)
-@pytest.mark.parametrize("launcher", ["split_rank", "persistent"])
-def test_a_call_leaves_the_workspace_ready_for_the_next(case, launcher):
-    """Sums and counters are zero again, whatever the next call's tokens."""
-    projections, activation = group_of(case, torch.float32)
-    group = LowRankGroup(projections, activation=activation)
-    for num_tokens in (8, 1, 5):
-        x = inputs(projections, num_tokens)
-        y = run(launcher, group, x)
-        assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
-        assert not group.workspace[: group.layout.z_start].any()
-
-
-@pytest.mark.parametrize("launcher", ["split_rank", "persistent"])
+@pytest.mark.parametrize("launcher", ["skinny", "matmuls"])
 def test_nothing_outside_of_the_buffers_is_read_or_written(launcher):
     projections, activation = group_of("pivoted_qkv", torch.float32)
     group = LowRankGroup(projections, activation=activation)
@@ -72,51 +58,24 @@ def test_nothing_outside_of_the_buffers_is_read_or_written(launcher):
         guarded[16:-16] = buffer.flatten()
         setattr(group, name, guarded[16:-16].view(buffer.shape))
         guards.append(guarded)
-    guarded = torch.full((group.workspace.numel() + 32,), -7, dtype=torch.int32, device=DEVICE)
-    guarded[16:-16] = 0
-    group.workspace = guarded[16:-16]
     x = inputs(projections, 5)
     y = run(launcher, group, x)
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
     assert all(guard[:16].isnan().all() and guard[-16:].isnan().all() for guard in guards)
-    assert (guarded[:16] == -7).all() and (guarded[-16:] == -7).all()
-
-
-def test_a_slice_of_the_rank_may_be_as_long_as_64(monkeypatch):
-    """Few SMs make long slices, which take other blocks."""
-    for num_sms, least in ((3, 17), (1, 33)):
-        monkeypatch.setattr(tiles, "H200", tiles.Target(90, num_sms))
-        projections = [factors(40, 64, 128, True, False, dtype=torch.float32)]
-        group = LowRankGroup(projections)
-        assert least <= group.layout.projections[0].chunk <= layout.MAX_CHUNK
-        x = inputs(projections, 4)
-        assert_as_good_as(by_torch(x, projections, None), run("split_rank", group, x), oracle(x, projections, None))
-
-
-def test_many_ranks_are_computed_in_wider_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "H200", tiles.Target(90, 2))
-    projections = [factors(40, 70, 128, True, True, dtype=torch.float32)]
-    group, x = LowRankGroup(projections), inputs(projections, 20)
-    assert_as_good_as(by_torch(x, projections, None), run("persistent", group, x), oracle(x, projections, None))
 
 
 def test_the_number_of_tokens_decides_the_launch(monkeypatch):
     asked = []
-    for name in ("split_rank", "persistent", "matmuls"):
+    for name in ("skinny", "matmuls"):
         monkeypatch.setattr(
             decode, name, lambda x, *args, name=name, **_: asked.append(name) or x.new_empty(len(x), 33)
         )
     projections, _ = group_of("one", torch.float32)
     group = LowRankGroup(projections)
     buffers = (*group.operands, group.layout.sizes, False)
-    for num_tokens in (1, 8, 9, 64, 65):
+    for num_tokens in (1, 8, 9):
         decode.lowrank_group(inputs(projections, num_tokens), *buffers)
-    torch.use_deterministic_algorithms(True)
-    try:
-        decode.lowrank_group(inputs(projections, 1), *buffers)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert asked == ["split_rank"] * 2 + ["persistent"] * 2 + ["matmuls", "persistent"]
+    assert asked == ["skinny", "skinny", "matmuls"]
     assert decode.lowrank_group(inputs(projections, 2, 0), *buffers).shape == (2, 0, 33)
 
 

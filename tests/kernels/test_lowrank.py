@@ -1,22 +1,12 @@
-"""lowrank_linear: the definition and the Triton kernel against float64, and its gradients."""
+"""lowrank_linear against float64, and its gradients."""
 
 import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, LAYOUTS, assert_as_good_as, laid_out
 from torch import Tensor
 
-from gfwsvd_kernels import lowrank, lowrank_linear, tiles
+from gfwsvd_kernels import lowrank_linear
 
-
-def triton(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    return lowrank.lowrank_linear(x, down, up, bias, tile=tiles.Tile(16, 32, 16, 4, 2))
-
-
-def triton_shipped(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    return lowrank.lowrank_linear(x, down, up, bias)
-
-
-IMPLEMENTATIONS = pytest.mark.parametrize("linear", [lowrank_linear, triton, triton_shipped])
 # tokens, D_IN, R, D_OUT
 SIZES = {
     "ones": (1, 1, 1, 1),
@@ -38,42 +28,38 @@ def oracle(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> T
     return y if bias is None else y + bias.double()
 
 
-@IMPLEMENTATIONS
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_two_stages_give_the_product(linear, size, dtype, with_bias):
+def test_the_two_stages_give_the_product(size, dtype, with_bias):
     x, down, up, bias = operands(size, dtype)
     tensors = (x, down, up, bias) if with_bias else (x, down, up)
-    y = linear(*tensors)
+    y = lowrank_linear(*tensors)
     assert y.dtype == dtype
     peer = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up, bias if with_bias else None)
     assert_as_good_as(peer, y, oracle(*tensors))
 
 
-@IMPLEMENTATIONS
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(linear, layout):
+def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(layout):
     x, down, up, bias = operands("odd", torch.float32)
-    y = linear(*(laid_out(tensor, layout) for tensor in (x, down, up)), laid_out(bias[:, None], layout)[:, 0])
+    y = lowrank_linear(*(laid_out(tensor, layout) for tensor in (x, down, up)), laid_out(bias[:, None], layout)[:, 0])
     assert_as_good_as(oracle(x, down, up, bias), y, oracle(x, down, up, bias))
 
 
-@IMPLEMENTATIONS
-def test_leading_dimensions_are_kept(linear):
+def test_leading_dimensions_are_kept():
     x, down, up, bias = operands("odd", torch.float32)
-    expected = linear(x[:24], down, up, bias)
-    assert torch.equal(linear(x[:24].reshape(2, 3, 4, -1), down, up, bias), expected.reshape(2, 3, 4, -1))
-    torch.testing.assert_close(linear(x[0], down, up, bias), expected[0])
-    assert linear(x[:0].reshape(0, 4, 45), down, up, bias).shape == (0, 4, 51)
+    expected = lowrank_linear(x[:24], down, up, bias)
+    assert torch.equal(lowrank_linear(x[:24].reshape(2, 3, 4, -1), down, up, bias), expected.reshape(2, 3, 4, -1))
+    torch.testing.assert_close(lowrank_linear(x[0], down, up, bias), expected[0])
+    assert lowrank_linear(x[:0].reshape(0, 4, 45), down, up, bias).shape == (0, 4, 51)
 
 
-@IMPLEMENTATIONS
-def test_sums_beyond_the_range_of_half_precision_do_not_overflow_on_the_way(linear):
+def test_sums_beyond_the_range_of_half_precision_do_not_overflow_on_the_way():
     x = torch.full((4, 64), 60.0, device=DEVICE, dtype=torch.float16)
     down = torch.full((1, 64), 60.0, device=DEVICE, dtype=torch.float16)
     down[:, 32:] *= -1  # the partial sum is 115200, the sum 0
-    assert linear(x, down, torch.ones(3, 1, device=DEVICE, dtype=torch.float16)).abs().max() == 0
+    assert lowrank_linear(x, down, torch.ones(3, 1, device=DEVICE, dtype=torch.float16)).abs().max() == 0
 
 
 def test_gradients_are_those_of_the_formula():
