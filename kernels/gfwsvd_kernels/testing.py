@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, lowrank, quadform, sequence, tiles
 
@@ -54,11 +55,13 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+            elif isinstance(value, float) and not parameter.is_constexpr:
+                signature[parameter.name] = "fp32"
             elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
