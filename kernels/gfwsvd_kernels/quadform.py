@@ -61,7 +61,7 @@ def prepare_kernel(
     out_ptr, a_ptr, power_ptr, width, stride_o, stride_ai, stride_aj,
     BLOCK: tl.constexpr, SIDE: tl.constexpr, PACKED: tl.constexpr, HAS_POWER: tl.constexpr,
 ):  # fmt: skip
-    """tril(A, -1) + diag(A) / 2, each row over its power of two if it has one; zeros up to the next multiple of SIDE."""
+    """tril(A, -1) + diag(A) / 2, each row over its power of two if it has one; zeros up to a multiple of SIDE."""
     first_i = tl.program_id(0) * BLOCK
     first_j = tl.program_id(1) * BLOCK
     if first_j < (first_i // SIDE + 1) * SIDE:

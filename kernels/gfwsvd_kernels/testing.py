@@ -128,6 +128,7 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
         _launch_groups(target)
         if arch == tiles.H200.arch:
             _launch_ones(target)
+            _launch_candidates(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
 
 
@@ -149,15 +150,10 @@ def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) ->
     gram.gram_accumulate(_packed(A), x, weight, target=target)
     for out in (A, _packed(A)):
         gram.gram_accumulate(out, x, other=x.float(), target=target)
-    narrow = tiles.tile("gram", target, dtype, x)
-    gram.gram_accumulate(A, x, target=target, tile=narrow)
-    gram.gram_accumulate(A, x, weight, target=target, tile=narrow)
+    gram.gram_accumulate(A, x, target=target, tile=tiles.tile("gram", target, dtype, x))
     quadform.quadratic_form(x, A, target=target)
-    quadform.quadratic_form(x[:128], A, target=target)
-    for half in (x, x[:128]):
-        quadform.quadratic_form_scale(half, A.to(dtype), half, 1.0, target=target)
-    quadform.quadratic_form_scale(x, _packed(A), x, 1.0, target=target)
-    quadform.quadratic_form_scale(x[:128], _packed(A), x[:128], 1.0, target=target)
+    quadform.quadratic_form(x, A.to(dtype), target=target)
+    quadform.quadratic_form(x, _packed(A), target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
 
 
@@ -210,10 +206,20 @@ def _launch_ones(target: tiles.Target) -> None:
     lowrank.lowrank_linear(one, one, one, one[0], target=target)
 
 
+def _launch_candidates(target: tiles.Target) -> None:
+    """The tiles that are not shipped yet."""
+    x, A = _empty(8192, 4096, dtype=torch.bfloat16), _empty(4096, 4096)
+    for tile in tiles.CANDIDATES["gram"]:
+        gram.gram_accumulate(A, x, target=target, tile=tile)
+    for tile in tiles.CANDIDATES["quadratic_form"]:
+        quadform.quadratic_form(x, A, target=target, tile=tile)
+
+
 def report(arch: int, number: int) -> dict[str, Any]:
     """One of the shipped launches, by its number, and what became of it, as plain values."""
     launch = shipped_launches(arch)[number]
-    pointers = [kind for kind in launch.source().signature.values() if kind.startswith("*")]
+    kinds = (kind.replace("tensordesc<", "*").partition("[")[0] for kind in launch.source().signature.values())
+    pointers = [kind for kind in kinds if kind.startswith("*")]
     flags = {name: value for name, value in launch.arguments.items() if name.isupper()} | launch.options
     name = {"kernel": launch.kernel.__name__, "arch": arch, "grid": launch.grid, "pointers": " ".join(pointers)}
     name["flags"] = flags
