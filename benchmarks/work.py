@@ -41,9 +41,14 @@ def _products(a: dict[str, Any], x: torch.Tensor) -> int:
     return 3 if x.dtype == torch.float32 or a.get("UPCAST") else 1
 
 
+def _tensor(operand: Any) -> torch.Tensor:
+    """The tensor itself, or that of a tensor descriptor."""
+    return getattr(operand, "base", operand)
+
+
 def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, y, rows, cols, width = a["x_ptr"], a["y_ptr"], a["BLOCK_I"], a["BLOCK_J"], a["width"]
-    plan = tiles.Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"])
+    x, y, rows, cols, width = _tensor(a["x_ptr"]), _tensor(a["y_ptr"]), a["BLOCK_I"], a["BLOCK_J"], a["width"]
+    plan = tiles.Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"], a["span"])
     num_tiles = plan.waves * plan.programs + plan.rest
     additions = sum(len(plan.segments(program)) for program in range(plan.programs))
     step_bytes = a["BLOCK_T"] * (rows * x.element_size() + cols * y.element_size())
@@ -60,24 +65,42 @@ def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
 
 
 def _quadratic_form(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
-    x, g, rows, cols, tokens, width = a["x_ptr"], a["g_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
+    x, rows, cols, tokens, width = a["x_ptr"], a["BLOCK_T"], a["BLOCK_I"], a["num_tokens"], a["width"]
     col_blocks = cdiv(width, cols)
     row_blocks = grid[0] // col_blocks
-    size, size_a = x.element_size(), a["a_ptr"].element_size()
-    count = 2 if a["SPLIT_BF16"] else _products(a, x)
+    size = x.element_size()
+    count = _products(a, x)
     walked = cols * col_blocks * (col_blocks + 1) // 2  # columns of A under the diagonal, by all blocks of rows of A
     # each group of blocks of tokens walks A; it stays in L2 where it fits half of it
-    triangle = size_a * width * (width + 1) // 2
+    triangle = size * width * (width + 1) // 2
     walks = cdiv(row_blocks, a["GROUP"]) if triangle > L2_BYTES / 2 else 1
-    scaled = 2 * tokens * a["width_g"] * size if g is not None else 0
     return Work(
         blocks=grid[0],
         flops=2 * row_blocks * rows * cols * walked * count,
-        half=count < 3,
-        dram_bytes=tokens * (width * size + 4) + walks * triangle + scaled,
-        l2_bytes=row_blocks * walked * (rows * size + cols * size_a) + 8 * tokens * col_blocks + scaled,
-        step_bytes=a["BLOCK_J"] * (rows * size + cols * size_a),
+        half=count == 1,
+        dram_bytes=tokens * (width * size + 4) + walks * triangle,
+        l2_bytes=row_blocks * walked * (rows + cols) * size + 8 * tokens * col_blocks,
+        step_bytes=a["BLOCK_J"] * (rows + cols) * size,
     )
+
+
+def _moved(blocks: int, num_bytes: int) -> Work:
+    """Of a pass that multiplies no matrices."""
+    return Work(blocks, flops=0, half=True, dram_bytes=num_bytes, l2_bytes=num_bytes, step_bytes=num_bytes // blocks)
+
+
+def _prepare(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    entry = a["a_ptr"].element_size() + a["out_ptr"].element_size()
+    return _moved(grid[0] * (grid[0] + 1) // 2, a["width"] * (a["width"] + 1) // 2 * entry)
+
+
+def _row_powers(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    return _moved(grid[0], a["width"] * (a["width"] + 1) // 2 * a["a_ptr"].element_size())
+
+
+def _scale_rows(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
+    entry = a["x_ptr"].element_size() + a["out_ptr"].element_size()
+    return _moved(grid[0], a["num_rows"] * (a["width"] * entry + 4))
 
 
 def _scores(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
@@ -190,6 +213,9 @@ class TorchWork(TorchDispatchMode):
 WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...], Any], Work]] = {
     "gram_kernel": _gram,
     "quadratic_form_kernel": _quadratic_form,
+    "prepare_kernel": _prepare,
+    "row_powers_kernel": _row_powers,
+    "scale_rows_kernel": _scale_rows,
     "scores_kernel": _scores,
     "apply_kernel": _apply,
     "linear_kernel": _linear,

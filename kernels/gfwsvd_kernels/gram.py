@@ -2,7 +2,10 @@
 
 A persistent grid of programs shares the (tile, step of tokens) pairs equally. A program walks the steps of one tile
 with the products in registers, adds them to `out`, and goes on to its next tile; `tiles.Plan` says which steps are
-whose. There is no workspace and nobody waits.
+whose. There is no workspace and nobody waits. Weights are multiplied onto the rows by a pass of their own.
+
+On compute capability 9.0 and later the copy engine (TMA) loads half-precision tiles through tensor descriptors: the
+loop then holds neither addresses nor masks. Rows that it cannot read, and float32, are loaded by threads.
 
 Bound by the tensor cores for T and D in the thousands: T D (D + 1) FLOP against (T + D / 2) D elements moved. Sharing
 steps instead of tiles is stream-K (Osama et al., arXiv:2301.03598), here in an order in which programs read the same
@@ -15,17 +18,39 @@ import triton.language as tl
 from torch import Tensor
 
 from gfwsvd_kernels import tiles
+from gfwsvd_kernels.rows import scaled_rows
+
+WEIGHTED_BYTES = 2**28  # of weighted rows in memory at once
 
 
 @triton.jit
-def place(tile, RATIO: tl.constexpr):
-    """(row, col) of a tile that is RATIO times as wide as high: in band b, RATIO rows of b + 1 tiles each."""
-    nth = tile // RATIO
-    band = ((tl.sqrt(8.0 * nth + 1.0) - 1.0) / 2.0).to(tl.int32)  # may be off by one in the last place
-    band = tl.where(band * (band + 1) // 2 > nth, band - 1, band)
-    band = tl.where((band + 1) * (band + 2) // 2 <= nth, band + 1, band)
-    within = tile - RATIO * (band * (band + 1) // 2)
-    return RATIO * band + within // (band + 1), within % (band + 1)
+def in_triangle(nth):
+    """(row, col) of the nth place of a triangle, row by row."""
+    row = ((tl.sqrt(8.0 * nth + 1.0) - 1.0) / 2.0).to(tl.int32)  # may be off by one in the last place
+    row = tl.where(row * (row + 1) // 2 > nth, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= nth, row + 1, row)
+    return row, nth - row * (row + 1) // 2
+
+
+@triton.jit
+def place(tile, edge, PER_ROW: tl.constexpr, PER_COL: tl.constexpr, GROUP: tl.constexpr):
+    """(row, col) of a tile: PER_COL x PER_ROW tiles make up a square, GROUP x GROUP squares a block.
+
+    Blocks follow each other row by row of the triangle, `edge` squares wide, and tiles within them column by column, so
+    that tiles that are computed at the same time share rows and columns.
+    """
+    nth = tile // (PER_ROW * PER_COL)
+    band = in_triangle(nth)[0] // GROUP
+    first = band * GROUP
+    within = nth - first * (first + 1) // 2
+    height = tl.minimum(edge - first, GROUP)
+    block = within // (height * GROUP)
+    below, right = in_triangle(within - band * height * GROUP)
+    inside = within - block * height * GROUP
+    row = first + tl.where(block < band, inside % height, below)
+    col = tl.where(block < band, block * GROUP + inside // height, first + right)
+    part = tile % (PER_ROW * PER_COL)
+    return row * PER_COL + part // PER_ROW, col * PER_ROW + part % PER_ROW
 
 
 @triton.jit
@@ -35,62 +60,69 @@ def halves(part):
 
 
 @triton.jit
-def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.constexpr):
+def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.constexpr, BULK_ADD: tl.constexpr):
     """Add to the lower triangle a part of a tile, the first of whose entries is that at (first_i, first_j)."""
     offs_i = tl.arange(0, part.shape[0])
     offs_j = tl.arange(0, part.shape[1])
-    if PACKED:  # row i starts at i (i + 1) / 2
-        base = first_i.to(tl.int64) * (first_i + 1) // 2
-        rows = offs_i * first_i + offs_i * (offs_i + 1) // 2
-    else:
-        base = first_i.to(tl.int64) * stride_or
-        rows = offs_i * stride_or
     # Above the diagonal -0.0 is added, which changes no normal number: masking by entries would cost registers and the
     # vectors. In a packed triangle such an entry is one of a later row.
     part = tl.where(first_j + offs_j[None, :] <= first_i + offs_i[:, None], part, -0.0)
-    mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
-    tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
+    if BULK_ADD:
+        out_ptr.atomic_add([first_i, first_j], part)
+    else:
+        if PACKED:  # row i starts at i (i + 1) / 2
+            base = first_i.to(tl.int64) * (first_i + 1) // 2
+            rows = offs_i * first_i + offs_i * (offs_i + 1) // 2
+        else:
+            base = first_i.to(tl.int64) * stride_or
+            rows = offs_i * stride_or
+        mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
+        tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "waves", "rest", "steps", "share"])
+@triton.jit(do_not_specialize=["num_tokens", "waves", "rest", "steps", "share", "span"])
 def gram_kernel(
     out_ptr,
     x_ptr,
     y_ptr,
-    weight_ptr,
     num_tokens,
     width,
     waves,
     rest,
     steps,
     share,
+    span,
     stride_or,
     stride_xt,
     stride_xd,
     stride_yt,
     stride_yd,
-    stride_w,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BULK_ADD: tl.constexpr,
     PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
     SPLIT_BF16: tl.constexpr,
 ):
-    RATIO: tl.constexpr = BLOCK_J // BLOCK_I
+    """With DESCRIPTORS, `x_ptr` and `y_ptr` are tensor descriptors, and with BULK_ADD `out_ptr` is one."""
+    PER_COL: tl.constexpr = tl.constexpr(max(BLOCK_J // BLOCK_I, 1))
+    PER_ROW: tl.constexpr = tl.constexpr(max(BLOCK_I // BLOCK_J, 1))
     QUARTER: tl.constexpr = BLOCK_J // 4
     offs_t = tl.arange(0, BLOCK_T)
     offs_i = tl.arange(0, BLOCK_I)
     offs_j = tl.arange(0, BLOCK_J)
+    edge = tl.cdiv(width, BLOCK_I * PER_COL)
 
     # `tiles.Plan.segments`, in the words of a kernel
     program = tl.program_id(0)
     shared_from = waves * tl.num_programs(0)
     num_blocks = steps // share * rest
     tail = steps % share
-    begin = (program - num_blocks) * share
-    end = tl.minimum(begin + share, rest * tail)
+    begin = (program - num_blocks) * span
+    end = tl.minimum(begin + span, rest * tail)
     if program < num_blocks:
         segments = waves + 1
     elif begin < end:
@@ -114,61 +146,62 @@ def gram_kernel(
             first = steps - tail + skipped
             count = tl.minimum(end - nth * tail, tail) - skipped
 
-        row, col = place(tile, RATIO)
-        # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
+        row, col = place(tile, edge, PER_ROW, PER_COL, GROUP)
         first_i = row * BLOCK_I
         first_j = col * BLOCK_J
-        mask_i = offs_i < width - first_i
-        mask_j = offs_j < width - first_j
-        tokens = tl.minimum(count * BLOCK_T, num_tokens - first * BLOCK_T)
-        first_t = (first * BLOCK_T).to(tl.int64)
-        xs_ptr = x_ptr + first_t * stride_xt + first_i.to(tl.int64) * stride_xd
-        ys_ptr = y_ptr + first_t * stride_yt + first_j.to(tl.int64) * stride_yd
-        if HAS_WEIGHT:
-            ws_ptr = weight_ptr + first_t * stride_w
         acc = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
-        for t in range(0, tokens, BLOCK_T):
-            mask_t = offs_t < tokens - t
-            x = tl.load(  # (BLOCK_T, BLOCK_I)
-                xs_ptr + (offs_t[:, None] * stride_xt + offs_i[None, :] * stride_xd),
-                mask=mask_t[:, None] & mask_i[None, :],
-                other=0.0,
-            )
-            y = tl.load(  # (BLOCK_T, BLOCK_J)
-                ys_ptr + (offs_t[:, None] * stride_yt + offs_j[None, :] * stride_yd),
-                mask=mask_t[:, None] & mask_j[None, :],
-                other=0.0,
-            )
-            if UPCAST:
-                x = x.to(tl.float32)
-                y = y.to(tl.float32)
-            if HAS_WEIGHT:
-                # Both operands are rounded alike once scaled: all tiles hold the Gram matrix of one rounded matrix
-                root = tl.sqrt(tl.load(ws_ptr + offs_t * stride_w, mask=mask_t, other=0.0))[:, None]
-                x = (x.to(tl.float32) * root).to(x.dtype)
-                y = (y.to(tl.float32) * root).to(y.dtype)
-                ws_ptr += BLOCK_T * stride_w
-            if SPLIT_BF16:
-                # y as the sum of three bfloat16 numbers, which is exact: as good as tf32x3, and half its time
-                high = y.to(tl.bfloat16)
-                rest_of_y = y - high.to(tl.float32)
-                middle = rest_of_y.to(tl.bfloat16)
-                low = (rest_of_y - middle.to(tl.float32)).to(tl.bfloat16)
-                acc = tl.dot(tl.trans(x), high, acc)
-                acc = tl.dot(tl.trans(x), middle, acc)
-                acc = tl.dot(tl.trans(x), low, acc)
-            else:
-                acc = tl.dot(tl.trans(x), y, acc, input_precision="tf32x3")
-            xs_ptr += BLOCK_T * stride_xt
-            ys_ptr += BLOCK_T * stride_yt
+        if DESCRIPTORS:  # which give zeros for what is outside of the tensors
+            for t in range(first * BLOCK_T, (first + count) * BLOCK_T, BLOCK_T):
+                x = x_ptr.load([t, first_i])
+                y = y_ptr.load([t, first_j])
+                if UPCAST:
+                    x = x.to(tl.float32)
+                    y = y.to(tl.float32)
+                acc = tl.dot(tl.trans(x), y, acc)
+        else:
+            # 64-bit bases, 32-bit offsets within a tile: fewer registers (`tiles.check_strides` makes sure of them)
+            mask_i = offs_i < width - first_i
+            mask_j = offs_j < width - first_j
+            tokens = tl.minimum(count * BLOCK_T, num_tokens - first * BLOCK_T)
+            first_t = (first * BLOCK_T).to(tl.int64)
+            xs_ptr = x_ptr + first_t * stride_xt + first_i.to(tl.int64) * stride_xd
+            ys_ptr = y_ptr + first_t * stride_yt + first_j.to(tl.int64) * stride_yd
+            for t in range(0, tokens, BLOCK_T):
+                mask_t = offs_t < tokens - t
+                x = tl.load(  # (BLOCK_T, BLOCK_I)
+                    xs_ptr + (offs_t[:, None] * stride_xt + offs_i[None, :] * stride_xd),
+                    mask=mask_t[:, None] & mask_i[None, :],
+                    other=0.0,
+                )
+                y = tl.load(  # (BLOCK_T, BLOCK_J)
+                    ys_ptr + (offs_t[:, None] * stride_yt + offs_j[None, :] * stride_yd),
+                    mask=mask_t[:, None] & mask_j[None, :],
+                    other=0.0,
+                )
+                if UPCAST:
+                    x = x.to(tl.float32)
+                    y = y.to(tl.float32)
+                if SPLIT_BF16:
+                    # y as the sum of three bfloat16 numbers, which is exact: as good as tf32x3, and half its time
+                    high = y.to(tl.bfloat16)
+                    rest_of_y = y - high.to(tl.float32)
+                    middle = rest_of_y.to(tl.bfloat16)
+                    low = (rest_of_y - middle.to(tl.float32)).to(tl.bfloat16)
+                    acc = tl.dot(tl.trans(x), high, acc)
+                    acc = tl.dot(tl.trans(x), middle, acc)
+                    acc = tl.dot(tl.trans(x), low, acc)
+                else:
+                    acc = tl.dot(tl.trans(x), y, acc, input_precision="tf32x3")
+                xs_ptr += BLOCK_T * stride_xt
+                ys_ptr += BLOCK_T * stride_yt
 
         left, right = halves(acc)  # in parts, so that addresses and masks fit the registers
         a, b = halves(left)
         c, d = halves(right)
-        add_lower(out_ptr, a, first_i, first_j, width, stride_or, PACKED)
-        add_lower(out_ptr, b, first_i, first_j + QUARTER, width, stride_or, PACKED)
-        add_lower(out_ptr, c, first_i, first_j + 2 * QUARTER, width, stride_or, PACKED)
-        add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED)
+        add_lower(out_ptr, a, first_i, first_j, width, stride_or, PACKED, BULK_ADD)
+        add_lower(out_ptr, b, first_i, first_j + QUARTER, width, stride_or, PACKED, BULK_ADD)
+        add_lower(out_ptr, c, first_i, first_j + 2 * QUARTER, width, stride_or, PACKED, BULK_ADD)
+        add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED, BULK_ADD)
 
 
 def gram_accumulate(
@@ -185,37 +218,51 @@ def gram_accumulate(
     if num_tokens == 0 or width == 0:
         return
     target = target or tiles.target(x.device)
-    other = x if other is None else other
+    if weight is None:
+        _accumulate(out, x, x if other is None else other, target, tile)
+        return
+    pitch = -(-width // 16) * 16  # rows that start at multiples of 16 bytes
+    chunk = max(WEIGHTED_BYTES // (pitch * x.element_size()) // 64 * 64, 64)
+    for first in range(0, num_tokens, chunk):
+        tokens = slice(first, first + chunk)
+        scaled = scaled_rows(x[tokens], weight[tokens], pitch=pitch)
+        other_scaled = scaled if other is None else scaled_rows(other[tokens], weight[tokens], pitch=pitch)
+        _accumulate(out, scaled, other_scaled, target, tile)
+
+
+def _accumulate(out: Tensor, x: Tensor, other: Tensor, target: tiles.Target, tile: tiles.Tile | None) -> None:
+    num_tokens, width = x.shape
     tiles.check_strides(out=out, x=x, other=other)
-    split_bf16 = weight is None and (x.dtype, other.dtype) == (torch.bfloat16, torch.float32)
-    split_bf16 = split_bf16 and not tiles.interpreted_bf16(x)
+    split_bf16 = (x.dtype, other.dtype) == (torch.bfloat16, torch.float32) and not tiles.interpreted_bf16(x)
     upcast = not split_bf16 and (x.dtype != other.dtype or tiles.interpreted_bf16(x))
-    if tile:
-        candidates = [tile]
-    elif split_bf16:
-        candidates = [tiles.tile("gram_split", target, torch.float32, x, other)]
-    else:
-        candidates = tiles.gram_candidates(target, torch.float32 if upcast else x.dtype, out, x, other)
-    tile, plan = tiles.gram_plan(candidates, target, num_tokens, width)
+    if tile is None and split_bf16:
+        tile = tiles.tile("gram_split", target, torch.float32, x, other)
+    tile = tile or tiles.gram_tile(target, torch.float32 if upcast else x.dtype, out, x, other)
+    plan = tiles.gram_plan(tile, target, num_tokens, width)
+    half = x.dtype.itemsize == other.dtype.itemsize == 2  # TF32 products would need their operands the other way round
+    descriptors = half and tiles.by_descriptors(target, x, other)
+    bulk_add = tile.bulk_add and tiles.by_descriptors(target, out) and not out.is_cpu  # unknown to the interpreter
+    left, right = (tile.depth, tile.rows), (tile.depth, tile.cols)
     gram_kernel[(plan.programs,)](
-        out,
-        x,
-        other,
-        weight,
+        tiles.descriptor(out, (tile.rows, tile.cols // 4)) if bulk_add else out,
+        tiles.descriptor(x, left) if descriptors else x,
+        tiles.descriptor(other, right) if descriptors else other,
         num_tokens,
         width,
         plan.waves,
         plan.rest,
         plan.steps,
         plan.share,
+        plan.span,
         0 if out.ndim == 1 else out.stride(0),
         *x.stride(),
         *other.stride(),
-        0 if weight is None else weight.stride(0),
         BLOCK_I=tile.rows,
         BLOCK_J=tile.cols,
         BLOCK_T=tile.depth,
-        HAS_WEIGHT=weight is not None,
+        GROUP=tile.group,
+        DESCRIPTORS=descriptors,
+        BULK_ADD=bulk_add,
         PACKED=out.ndim == 1,
         UPCAST=upcast,
         SPLIT_BF16=split_bf16,

@@ -34,10 +34,10 @@ def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other:
         other: (T, D) of x's dtype. The caller promises that the sum is symmetric: nothing else makes one triangle
             enough.
 
-    Products accumulate in out's dtype. On a GPU a half-precision operand is rounded to its own dtype again once
-    weighted: keep weights of order one, or float16 overflows. There several programs may add to one tile, in no fixed
-    order, unless `torch.use_deterministic_algorithms(True)` asks for the same bits every time. No gradient flows
-    through this operator.
+    Products accumulate in out's dtype. On a GPU weighted rows are written to memory first, at most 256 MB an operand at
+    a time, rounded to their own dtype again: keep weights of order one, or float16 overflows. There several programs
+    may add to one tile, in no fixed order, unless `torch.use_deterministic_algorithms(True)` asks for the same bits
+    every time. No gradient flows through this operator.
 
     Raises:
         TypeError: a dtype not listed above.
@@ -53,9 +53,9 @@ def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
     Args:
         x: (T, D) float32, float16 or bfloat16 (float64 on a CPU), any strides.
         A: (D, D) float32 (float64 where x is) or x's dtype, any strides, symmetric. Only its lower triangle counts: the
-            rest may hold anything. Or that triangle packed, (D (D + 1) / 2,), contiguous. In a half-precision dtype a
-            GPU multiplies once, for a float32 A twice (bfloat16) or three times; how well the rounded A stands for the
-            other is the caller's to know.
+            rest may hold anything. Or that triangle packed, (D (D + 1) / 2,), contiguous. On a GPU a float32 A is
+            rounded to a half-precision x's dtype first (float16: relative to the largest entry of each row), into a
+            temporary (D, D) matrix of that dtype; products and sums are not rounded to it.
 
     Rounding can turn a zero of a positive semi-definite A into a small negative number: clamp before using it as a
     weight. The result does not depend on the order in which a GPU runs its programs. No gradient is defined.
@@ -71,8 +71,7 @@ def quadratic_form(x: Tensor, A: Tensor) -> Tensor:
 def quadratic_form_scale(x: Tensor, A: Tensor, g: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`q_t = x_tᵀ A x_t`, and the rows of g scaled by its root: `(q, sqrt(max(scale q_t, 0)) g_t)`.
 
-    `gram_accumulate` of the scaled rows is `scale sum_t q_t g_t g_tᵀ`, what it gives for g with the weights `scale q`,
-    but multiplies unweighted; on a GPU the scaling needs no launch and no pass over q of its own.
+    `gram_accumulate` of the scaled rows is `scale sum_t q_t g_t g_tᵀ`, what it gives for g with the weights `scale q`.
 
     Args:
         x, A: as in `quadratic_form`.

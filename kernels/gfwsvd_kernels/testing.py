@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, quadform, sequence, tiles
 
@@ -54,11 +55,13 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+            elif isinstance(value, float) and not parameter.is_constexpr:
+                signature[parameter.name] = "fp32"
             elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
@@ -125,6 +128,7 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
         _launch_groups(target)
         if arch == tiles.H200.arch:
             _launch_ones(target)
+            _launch_candidates(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
 
 
@@ -142,15 +146,10 @@ def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) ->
     gram.gram_accumulate(_packed(A), x, weight, target=target)
     for out in (A, _packed(A)):
         gram.gram_accumulate(out, x, other=x.float(), target=target)
-    narrow = tiles.tile("gram", target, dtype, x)
-    gram.gram_accumulate(A, x, target=target, tile=narrow)
-    gram.gram_accumulate(A, x, weight, target=target, tile=narrow)
+    gram.gram_accumulate(A, x, target=target, tile=tiles.tile("gram", target, dtype, x))
     quadform.quadratic_form(x, A, target=target)
-    quadform.quadratic_form(x[:128], A, target=target)
-    for half in (x, x[:128]):
-        quadform.quadratic_form_scale(half, A.to(dtype), half, 1.0, target=target)
-    quadform.quadratic_form_scale(x, _packed(A), x, 1.0, target=target)
-    quadform.quadratic_form_scale(x[:128], _packed(A), x[:128], 1.0, target=target)
+    quadform.quadratic_form(x, A.to(dtype), target=target)
+    quadform.quadratic_form(x, _packed(A), target=target)
     sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
 
 
@@ -192,10 +191,20 @@ def _launch_ones(target: tiles.Target) -> None:
     sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
 
 
+def _launch_candidates(target: tiles.Target) -> None:
+    """The tiles that are not shipped yet."""
+    x, A = _empty(8192, 4096, dtype=torch.bfloat16), _empty(4096, 4096)
+    for tile in tiles.CANDIDATES["gram"]:
+        gram.gram_accumulate(A, x, target=target, tile=tile)
+    for tile in tiles.CANDIDATES["quadratic_form"]:
+        quadform.quadratic_form(x, A, target=target, tile=tile)
+
+
 def report(arch: int, number: int) -> dict[str, Any]:
     """One of the shipped launches, by its number, and what became of it, as plain values."""
     launch = shipped_launches(arch)[number]
-    pointers = [kind for kind in launch.source().signature.values() if kind.startswith("*")]
+    kinds = (kind.replace("tensordesc<", "*").partition("[")[0] for kind in launch.source().signature.values())
+    pointers = [kind for kind in kinds if kind.startswith("*")]
     flags = {name: value for name, value in launch.arguments.items() if name.isupper()} | launch.options
     name = {"kernel": launch.kernel.__name__, "arch": arch, "grid": launch.grid, "pointers": " ".join(pointers)}
     name["flags"] = flags

@@ -5,10 +5,12 @@ architecture. `tests/kernels/test_aot.py` compiles every one of them again.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Target(NamedTuple):
@@ -31,11 +33,18 @@ class Tile:
     num_warps: int
     num_stages: int
     per_sm: int = 1  # programs of a persistent grid that an SM holds at once
+    bulk_add: bool = False  # tiles are added to memory by the copy engine (TMA), where it can address them
+
+    @property
+    def group(self) -> int:
+        """Squares of tiles on the edge of a block of the triangle that is computed in one go: 1024 rows."""
+        return max(1024 // max(self.rows, self.cols), 1)
 
     def in_triangle(self, width: int) -> int:
-        """How many tiles meet the lower triangle of a square matrix: in row r, the first r // (cols / rows) + 1."""
-        bands, odd_rows = divmod(-(-width // self.rows), self.cols // self.rows)
-        return bands * (bands + 1) // 2 * (self.cols // self.rows) + odd_rows * (bands + 1)
+        """How many tiles make up the squares that meet the lower triangle of a square matrix."""
+        side = max(self.rows, self.cols)
+        edge = -(-width // side)
+        return edge * (edge + 1) // 2 * (side // self.rows) * (side // self.cols)
 
     def options(self) -> dict[str, int | bool]:
         """What a launch is told besides block sizes; multiply-adds are fused by choice, not by a changing default."""
@@ -53,6 +62,11 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
         90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(64, 128, 32, 4, 3, per_sm=2)},
         100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
     },
+    "gram_bulk": {  # rows of out that the copy engine can address too
+        80: {},
+        90: {2: Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True)},
+        100: {2: Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True)},
+    },
     "gram_split": {  # the other operand float32
         80: {4: Tile(64, 64, 32, 4, 3, per_sm=2)},
         90: {4: Tile(128, 128, 32, 8, 3)},
@@ -60,8 +74,8 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "quadratic_form": {
         80: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        90: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
-        100: {2: Tile(128, 128, 32, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     },
     "scores": {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
@@ -80,11 +94,39 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }
 
-# Larger tiles, which load less for each product, of the kernels that choose by the size of the problem. Those of the
-# Gram kernel serve an aligned `out` alone: where additions to memory are no vectors (packed rows; sm_80) they spill.
-LARGE: dict[str, dict[int, dict[int, Tile]]] = {
-    "gram": {80: {}, 90: {2: Tile(128, 256, 64, 8, 3)}, 100: {2: Tile(128, 256, 64, 8, 3)}},
-    "quadratic_form": {80: {}, 90: {2: Tile(256, 128, 32, 8, 4)}, 100: {2: Tile(256, 128, 32, 8, 4)}},
+# Tiles of half-precision operands read by the copy engine that are worth a measurement: `python -m benchmarks.tiles`.
+# All of them compile for sm_90 without spills.
+CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "gram": (
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4, bulk_add=True),
+        Tile(128, 128, 64, 4, 4),
+        Tile(128, 128, 64, 4, 3, per_sm=2),
+        Tile(128, 128, 64, 4, 3, per_sm=2, bulk_add=True),
+        Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3, bulk_add=True),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, bulk_add=True),
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 4, bulk_add=True),
+        Tile(256, 128, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3, bulk_add=True),
+        Tile(256, 128, 64, 8, 4, bulk_add=True),
+        Tile(64, 256, 64, 4, 4),
+        Tile(64, 256, 64, 4, 4, bulk_add=True),
+    ),
+    "quadratic_form": (
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 4, 4),
+        Tile(128, 128, 64, 4, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 4),
+        Tile(256, 128, 64, 8, 3),
+        Tile(256, 128, 64, 8, 4),
+    ),
 }
 
 # Rows that are not contiguous, or start at no multiple of 16 elements, need an address for each element, hence more
@@ -122,6 +164,12 @@ def tile(kernel: str, target: Target, dtype: torch.dtype, *tensors: Tensor) -> T
     return UNALIGNED[kernel]
 
 
+def gram_tile(target: Target, dtype: torch.dtype, out: Tensor, x: Tensor, other: Tensor) -> Tile:
+    """The tile of the Gram kernel that multiplies in dtype; where it can, the copy engine adds to `out`."""
+    bulk = ALIGNED["gram_bulk"][target.arch].get(dtype.itemsize)
+    return bulk if bulk and by_descriptors(target, out, x, other) else tile("gram", target, dtype, x, other)
+
+
 def _is_aligned(*tensors: Tensor) -> bool:
     """Whether rows can be read 16 bytes at a time. Triton looks for multiples of 16 elements, so this does too."""
     return all(
@@ -144,6 +192,16 @@ def blocks_per_sm(registers: int, shared_bytes: int, num_warps: int, arch: int =
     return min(by_registers, by_shared, 2048 // (32 * num_warps), 32)
 
 
+def by_descriptors(target: Target, *tensors: Tensor) -> bool:
+    """Whether the copy engine of the device, if it has one, can address these matrices."""
+    return target.arch >= 90 and all(tensor.ndim == 2 for tensor in tensors) and _is_aligned(*tensors)
+
+
+def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine must know to move blocks of a matrix; what is outside of it reads as zero."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
 def interpreted_bf16(operand: Tensor) -> bool:
     """Whether a kernel must multiply in float32 because Triton's interpreter gets bfloat16 wrong."""
     return operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
@@ -158,16 +216,17 @@ def check_strides(**tensors: Tensor) -> None:
 
 
 LEAST_STEPS = 8  # of tokens that are worth the addition of a tile to memory
+ADDITION_STEPS = 8  # that a program could multiply while it adds a tile
 
 
 class Plan(NamedTuple):
     """Who computes what of the (tile, step) pairs of a triangle: stream-K, but programs keep to the same tokens.
 
-    A program owns `waves` whole tiles. The `rest` of the tiles, fewer than there are programs, are cut into shares of
-    equally many steps, one a program: first each tile into as many blocks of one share as it holds, then what is left,
-    the last steps of all these tiles in a row, into ranges that may cross from tile to tile. But for these last steps,
-    programs that run at the same time read the same tokens, so that x comes from memory about once. Ranges across whole
-    tiles would start anywhere: D = 1024 would read a long x from memory seven times.
+    A program owns `waves` whole tiles. The `rest` of the tiles, fewer than there are programs, are cut: first each tile
+    into as many blocks of `share` steps as it holds, one a program, then what is left, the last steps of all these
+    tiles in a row, into ranges of `span` steps that may cross from tile to tile. But for these last steps, programs
+    that run at the same time read the same tokens, so that x comes from memory about once. Ranges across whole tiles
+    would start anywhere: D = 1024 would read a long x from memory seven times.
     """
 
     programs: int
@@ -175,6 +234,7 @@ class Plan(NamedTuple):
     rest: int
     steps: int
     share: int
+    span: int
 
     @property
     def longest(self) -> int:
@@ -189,8 +249,8 @@ class Plan(NamedTuple):
         num_blocks = blocks_of_a_tile * self.rest
         if program < num_blocks:
             return [*found, (shared_from + program % self.rest, program // self.rest * self.share, self.share)]
-        begin = (program - num_blocks) * self.share
-        end = min(begin + self.share, self.rest * tail)
+        begin = (program - num_blocks) * self.span
+        end = min(begin + self.span, self.rest * tail)
         while begin < end:
             nth, skipped = divmod(begin, tail)
             count = min(tail - skipped, end - begin)
@@ -199,34 +259,34 @@ class Plan(NamedTuple):
         return found
 
 
+@cache
 def plan(num_tiles: int, steps: int, programs: int) -> Plan:
-    """For at most so many programs; fewer where their shares would not be worth the addition of a tile."""
-    waves, rest = divmod(num_tiles, programs)
-    share = max(-(-rest * steps // programs), min(LEAST_STEPS, steps))
-    return Plan(programs if waves else -(-rest * steps // share), waves, rest, steps, share)
+    """For at most so many programs: the rest in equal shares, or each of its tiles in equally many parts.
 
-
-def gram_candidates(target: Target, dtype: torch.dtype, out: Tensor, x: Tensor, other: Tensor) -> list[Tile]:
-    """The tiles of the Gram kernel that multiplies in dtype and addresses these tensors."""
-    found = [tile("gram", target, dtype, x, other)]
-    large = LARGE["gram"][target.arch].get(dtype.itemsize)
-    if large and out.ndim == 2 and _is_aligned(x, other, out):
-        found.append(large)
-    return found
-
-
-def gram_plan(candidates: list[Tile], target: Target, num_tokens: int, width: int) -> tuple[Tile, Plan]:
-    """The tile whose busiest program loads the least, and its plan.
-
-    In deterministic mode every tile of `out` has one program, and nothing depends on the number of SMs.
+    Equal shares are shorter, but ranges that cross tiles are added to memory once a tile, and nobody multiplies in the
+    meantime.
     """
-    planned = []
-    for candidate in candidates:
-        num_tiles, steps = candidate.in_triangle(width), -(-num_tokens // candidate.depth)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        programs = num_tiles if deterministic else target.num_sms * candidate.per_sm
-        planned.append((candidate, plan(num_tiles, steps, programs)))
-    return min(planned, key=lambda pair: pair[1].longest * pair[0].depth * (pair[0].rows + pair[0].cols))
+    waves, rest = divmod(num_tiles, programs)
+    if not rest:
+        return Plan(programs, waves, 0, steps, steps, steps)
+    least = min(LEAST_STEPS, steps)
+    share = max(-(-rest * steps // programs), least)
+    part = max(-(-steps // (programs // rest)), least)
+    tail = steps % share
+    additions = -(-share // tail) + 1 if tail and share != tail else 1
+    span = share
+    if part + ADDITION_STEPS <= share + ADDITION_STEPS * additions:
+        share, tail = part, steps % part
+        span = tail or share
+    needed = steps // share * rest + -(-rest * tail // span)
+    return Plan(programs if waves else needed, waves, rest, steps, share, span)
+
+
+def gram_plan(tile: Tile, target: Target, num_tokens: int, width: int) -> Plan:
+    """In deterministic mode every tile of `out` has one program, and nothing depends on the number of SMs."""
+    num_tiles = tile.in_triangle(width)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return plan(num_tiles, -(-num_tokens // tile.depth), num_tiles if deterministic else target.num_sms * tile.per_sm)
 
 
 # By tokens, at most: rows of a weight that a program multiplies, and how many of their columns (of 2 bytes) in a step
@@ -237,13 +297,3 @@ def skinny_tile(dtype: torch.dtype, num_tokens: int) -> Tile:
     """The tile for a few tokens through a weight in dtype."""
     tile = SKINNY[next(tokens for tokens in SKINNY if num_tokens <= tokens)]
     return replace(tile, depth=2 * tile.depth // dtype.itemsize)
-
-
-def quadratic_form_tile(target: Target, dtype: torch.dtype, x: Tensor, A: Tensor, g: Tensor | None = None) -> Tile:
-    """The large tile where its programs are no fewer than the SMs, else the other one."""
-    large = LARGE["quadratic_form"][target.arch].get(dtype.itemsize)
-    if large and _is_aligned(x, A, x if g is None else g):
-        num_programs = -(-x.shape[0] // large.rows) * -(-x.shape[1] // large.cols)
-        if num_programs >= target.num_sms:
-            return large
-    return tile("quadratic_form", target, dtype, x, A)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 import triton.language as tl
-from kernel_cases import DEVICE, DTYPES, LAYOUTS, SHAPES, assert_as_good_as, far_apart, laid_out, least_eigenvalue
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    assert_as_good_as,
+    far_apart,
+    laid_out,
+    least_eigenvalue,
+    places,
+)
 from torch import Tensor
 from triton import jit
 
@@ -11,6 +21,7 @@ from gfwsvd_kernels import gram, gram_accumulate, pack, reference, symmetrize, t
 
 SMALL = tiles.Tile(16, 16, 16, 4, 2)
 WIDE = tiles.Tile(16, 32, 16, 4, 2)
+TALL = tiles.Tile(64, 16, 16, 4, 2, bulk_add=True)
 THREE_SMS = tiles.Target(90, 3)  # whole tiles in several waves, and shares of the rest
 
 
@@ -177,6 +188,36 @@ def test_the_definition_is_exact_in_float64_over_blocks_and_chunks():
     torch.testing.assert_close(packed, pack(oracle(x, weight)), rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_copy_engine_reads_rows_that_are_no_whole_tiles(dtype):
+    """Widths and tokens that end within a tile, and neighbours in memory that are NaN."""
+    around = torch.full((70, 208), float("nan"), device=DEVICE, dtype=dtype)
+    x = around[3:60, 16:150]
+    x.copy_(torch.randn(57, 134, device=DEVICE))
+    assert tiles.by_descriptors(tiles.H200, x)
+    for tile in (SMALL, WIDE, TALL):
+        for target in (THREE_SMS, tiles.Target(90, 40), tiles.Target(80, 40)):
+            out = torch.zeros(134, 144, device=DEVICE)[:, :134]
+            gram.gram_accumulate(out, x, tile=tile, target=target)
+            assert_as_good_as(oracle(x), out, oracle(x))
+
+
+def test_weighted_rows_are_added_in_chunks_of_bounded_memory(monkeypatch):
+    x, weight = torch.randn(200, 40, device=DEVICE).half(), torch.rand(200, device=DEVICE)
+    monkeypatch.setattr(gram, "WEIGHTED_BYTES", 64 * 48 * 2)
+    out, expected = torch.zeros(2, 40, 40, device=DEVICE)
+    gram.gram_accumulate(out, x, weight, tile=SMALL)
+    scaled = (x.float() * weight.sqrt()[:, None]).half()
+    gram.gram_accumulate(expected, scaled, tile=SMALL)
+    assert_as_good_as(expected, out, oracle(x, weight))
+
+
+def test_a_negative_weight_gives_nan():
+    out = torch.zeros(20, 20, device=DEVICE)
+    gram.gram_accumulate(out, torch.ones(3, 20, device=DEVICE), torch.tensor([1.0, -1.0, 1.0], device=DEVICE))
+    assert out[torch.ones_like(out, dtype=torch.bool).tril()].isnan().all()
+
+
 def test_the_shipped_tiles_give_the_gram_matrix():
     for dtype, (num_tokens, width) in ((torch.float16, (160, 272)), (torch.float32, (70, 131))):
         x = torch.randn(num_tokens, width, device=DEVICE).to(dtype)
@@ -225,21 +266,44 @@ def test_a_sum_of_few_tokens_by_three_bfloat16_products_is_positive_semidefinite
 
 
 @jit
-def places_kernel(row_ptr, col_ptr, first, RATIO: tl.constexpr, BLOCK: tl.constexpr):
+def places_kernel(
+    row_ptr,
+    col_ptr,
+    first,
+    edge,
+    PER_ROW: tl.constexpr,
+    PER_COL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tile = first + tl.arange(0, BLOCK)
-    row, col = gram.place(tile, RATIO)
+    row, col = gram.place(tile, edge, PER_ROW, PER_COL, GROUP)
     tl.store(row_ptr + tl.arange(0, BLOCK), row)
     tl.store(col_ptr + tl.arange(0, BLOCK), col)
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
-def test_tile_numbers_cover_the_tiles_of_the_triangle_row_by_row(ratio):
-    for first in (0, 2**24 - 2048, 2**27):  # the last two are beyond where 8 tile + 1 is exact in float32
+@pytest.mark.parametrize("tile", [tiles.Tile(128, 128, 16, 4, 2), WIDE, TALL], ids=["square", "wide", "tall"])
+def test_tile_numbers_cover_the_triangle_block_by_block(tile):
+    per_row, per_col = max(tile.rows // tile.cols, 1), max(tile.cols // tile.rows, 1)
+    side = max(tile.rows, tile.cols)
+    for edge in (1, 2, 7, 8, 9, 20, 41):
+        expected = places(tile, edge * side)
+        assert len(set(expected)) == len(expected) == tile.in_triangle(edge * side)
         rows, cols = torch.empty(2, 4096, dtype=torch.int32, device=DEVICE)
-        places_kernel[(1,)](rows, cols, first, RATIO=ratio, BLOCK=4096)
+        places_kernel[(1,)](rows, cols, 0, edge, PER_ROW=per_row, PER_COL=per_col, GROUP=tile.group, BLOCK=4096)
+        found = zip((rows * tile.rows).tolist(), (cols * tile.cols).tolist(), strict=True)
+        assert list(found)[: len(expected)] == expected[:4096]
+
+
+def test_places_are_right_where_float32_is_no_longer_exact():
+    edge, group = 2**14 + 5, 8
+    for first in (2**24 - 2048, 2**27):
+        rows, cols = torch.empty(2, 4096, dtype=torch.int32, device=DEVICE)
+        places_kernel[(1,)](rows, cols, first, edge, PER_ROW=1, PER_COL=1, GROUP=group, BLOCK=4096)
         rows, cols = rows.long(), cols.long()
-        before = torch.stack([(row // ratio) * (row // ratio + 1) // 2 * ratio for row in (rows, rows + 1)])
-        starts = before + torch.stack([row % ratio * (row // ratio + 1) for row in (rows, rows + 1)])
-        numbers = first + torch.arange(4096, device=DEVICE)
-        assert torch.equal(starts[0] + cols, numbers) and (numbers < starts[1]).all()
-        assert (cols >= 0).all() and (cols <= rows // ratio).all()
+        band = rows // group * group
+        height = (edge - band).clamp(max=group)
+        inside = cols // group * group * height + cols % group * height + rows % group
+        diagonal = band * height + (rows - band) * (rows - band + 1) // 2 + cols - band
+        numbers = band * (band + 1) // 2 + torch.where(cols < band, inside, diagonal)
+        assert torch.equal(numbers, first + torch.arange(4096, device=DEVICE)) and (cols <= rows).all()

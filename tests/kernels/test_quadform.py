@@ -36,6 +36,11 @@ def oracle(x: Tensor, A: Tensor) -> Tensor:
     return ((x.double() @ A.double()) * x.double()).sum(1)
 
 
+def rounded(x: Tensor, A: Tensor) -> Tensor:
+    """With A in the dtype of x, and no other error: `(x @ A.to(x.dtype)) * x` rounds its products besides."""
+    return oracle(x, A.to(x.dtype))
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,8 +49,7 @@ def test_each_row_has_its_quadratic_form_from_the_lower_triangle_alone(form, sha
     x, A = torch.randn(num_tokens, width, device=DEVICE).to(dtype), positive_semidefinite(width)
     q = form(x, with_nan_above_diagonal(A))
     assert q.dtype == torch.float32
-    peer = ((x @ A.to(dtype)).float() * x.float()).sum(1)
-    assert_as_good_as(peer, q, oracle(x, A))
+    assert_as_good_as(rounded(x, A), q, oracle(x, A))
 
 
 @IMPLEMENTATIONS
@@ -59,7 +63,7 @@ def test_strides_do_not_matter_and_neighbours_in_memory_are_not_read(form, layou
 @IMPLEMENTATIONS
 def test_tokens_may_span_more_than_two_to_the_31_elements(form):
     x, A = far_apart(torch.randn(300, 20, device=DEVICE).half()), positive_semidefinite(20)
-    assert_as_good_as(oracle(x, A), form(x, A), oracle(x, A))
+    assert_as_good_as(rounded(x, A), form(x, A), oracle(x, A))
 
 
 def test_rows_too_far_apart_for_32_bit_offsets_are_refused_before_a_launch():
@@ -121,9 +125,9 @@ def test_rows_are_scaled_by_the_root_of_the_form(form_scale, shape, dtype):
     g = torch.randn(num_tokens, 70, device=DEVICE).to(dtype)
     q, scaled = form_scale(x, with_nan_above_diagonal(A), g, 0.25)
     assert scaled.dtype == dtype and scaled.is_contiguous()
-    assert_as_good_as(((x @ A.to(dtype)).float() * x.float()).sum(1), q, oracle(x, A))
-    exact = oracle(x, A)[:, None].mul(0.25).sqrt() * g.double()
-    assert_as_good_as(exact.to(dtype), scaled, exact)
+    assert_as_good_as(rounded(x, A), q, oracle(x, A))
+    peer, exact = (form[:, None].mul(0.25).sqrt() * g.double() for form in (rounded(x, A), oracle(x, A)))
+    assert_as_good_as(peer.to(dtype), scaled, exact)
 
 
 @SCALING
@@ -178,13 +182,27 @@ def test_the_definition_is_exact_in_float64_over_blocks_and_chunks():
 def test_the_shipped_tiles_give_the_quadratic_form():
     for dtype, (num_tokens, width) in ((torch.float16, (130, 160)), (torch.float32, (70, 131))):
         x, A = torch.randn(num_tokens, width, device=DEVICE).to(dtype), positive_semidefinite(width)
-        assert_as_good_as(oracle(x, A), quadform.quadratic_form(x, with_nan_above_diagonal(A)), oracle(x, A))
+        assert_as_good_as(rounded(x, A), quadform.quadratic_form(x, with_nan_above_diagonal(A)), oracle(x, A))
 
 
-def test_a_matrix_as_two_bfloat16_numbers_is_good_to_sixteen_bits():
-    """What the kernel makes of A where x is bfloat16, which the interpreter cannot run: its arithmetic by torch."""
-    A = torch.randn(200, 200)
-    high = A.bfloat16()
-    low = (A - high.float()).bfloat16()
-    error = (high.double() + low.double() - A.double()).abs() / A.abs()
-    assert error.max() <= 2.0**-16
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 45, 200, 300])
+def test_the_prepared_matrix_is_the_folded_lower_triangle_and_zeros_where_tiles_read_beyond_it(dtype, width):
+    x, A = torch.empty(1, width, dtype=dtype, device=DEVICE), torch.randn(width, width, device=DEVICE)
+    A += A.sign() * 1e-2  # no subnormal numbers of float16
+    folded = (A.tril(-1) + A.diag().diag() / 2).to(dtype).float()
+    for given in (with_nan_above_diagonal(A), pack(A), with_nan_above_diagonal(A).mT.contiguous().mT):
+        matrix, power = quadform.prepared(given, x)
+        assert matrix.dtype == dtype and (power is None) == (dtype != torch.float16)
+        values = matrix.float() if power is None else matrix.float() * power[:, None]
+        for first in range(0, width, quadform.SIDE):
+            rows = slice(first, first + quadform.SIDE)
+            assert torch.equal(values[rows, : rows.stop], folded[rows, : rows.stop])
+
+
+def test_a_matrix_beyond_the_range_of_float16_keeps_its_precision():
+    x, A = torch.randn(20, 50, device=DEVICE).half(), positive_semidefinite(50)
+    for scale in (2.0**40, 2.0**-40):
+        q, expected = triton(x, scale * A), triton(x, A)
+        assert torch.equal(q, scale * expected)
+    assert triton(x, 0 * A).tolist() == [0.0] * 20

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from kernel_cases import places
 from triton.runtime import interpreter
 
 from gfwsvd_kernels import gram, quadform, tiles
@@ -14,8 +15,8 @@ from gfwsvd_kernels import gram, quadform, tiles
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter alone runs programs in order")
 
 TILE = tiles.Tile(16, 32, 16, 4, 2)
-TOKENS, WIDTH = 330, 70  # 9 tiles of 21 steps, all ragged
-MACHINES = (1, 2, 4, 9, 40)  # numbers of SMs: whole tiles alone, waves and a rest, blocks and ranges
+TOKENS, WIDTH = 330, 70  # 12 tiles of 21 steps, many of them ragged
+MACHINES = (1, 2, 5, 12, 40)  # numbers of SMs: whole tiles alone, waves and a rest, blocks and ranges
 ROUNDING = 2.0**-24
 
 
@@ -26,6 +27,8 @@ def arriving(order: Sequence[int]) -> Iterator[None]:
 
     def reordered(x: int, y: int, z: int) -> None:
         shape = interpreter.interpreter_builder.grid_dim
+        if np.prod(shape) != len(order):  # another kernel, before the one in question
+            return place(x, y, z)
         place(*map(int, np.unravel_index(order[np.ravel_multi_index((x, y, z), shape)], shape)))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -46,14 +49,14 @@ def accumulated(x: torch.Tensor, num_sms: int) -> torch.Tensor:
 
 def emulated(x: torch.Tensor, plan: tiles.Plan, order: Sequence[int]) -> torch.Tensor:
     """The same additions without Triton: float32 in a tile, step by step, then into `out` as programs arrive."""
-    places = [(i, j) for i in range(0, WIDTH, TILE.rows) for j in range(0, min(i + TILE.rows, WIDTH), TILE.cols)]
+    corners = places(TILE, WIDTH)
     rows, cols = TILE.rows * 8, TILE.cols * 4  # with room for the edges of the last tiles
     padded = np.zeros((plan.steps * TILE.depth, max(rows, cols)), dtype=np.float32)
     padded[:TOKENS, :WIDTH] = x.numpy()
     out = np.zeros((rows, cols), dtype=np.float32)
     for program in order:
         for tile, first, count in plan.segments(program):
-            i, j = places[tile]
+            i, j = corners[tile]
             acc = np.zeros((TILE.rows, TILE.cols), dtype=np.float32)
             for step in range(first, first + count):
                 tokens = slice(step * TILE.depth, (step + 1) * TILE.depth)
@@ -101,10 +104,10 @@ def test_every_order_of_arrival_stays_within_the_bound_of_float32_sums():
 
 def test_deterministic_mode_gives_the_same_bits_on_any_machine_in_any_order():
     x = torch.randn(TOKENS, WIDTH)
-    expected = emulated(x, plan(9), range(9))
+    expected = emulated(x, plan(12), range(12))
     torch.use_deterministic_algorithms(True)
     try:
-        for num_sms, order in zip(MACHINES, orders(9, len(MACHINES)), strict=True):
+        for num_sms, order in zip(MACHINES, orders(12, len(MACHINES)), strict=True):
             with arriving(order):
                 assert torch.equal(accumulated(x, num_sms).tril(), expected)
     finally:
@@ -113,14 +116,13 @@ def test_deterministic_mode_gives_the_same_bits_on_any_machine_in_any_order():
 
 def test_the_last_to_arrive_gives_the_quadratic_form_the_same_bits_in_any_order():
     """5 blocks of rows of A by 3 blocks of tokens, whose partial sums cancel: another order would show."""
-    x, g, A = torch.randn(40, 70), torch.randn(40, 20), torch.randn(70, 70)
+    x, A = torch.randn(40, 70), torch.randn(70, 70)
     A = A + A.mT
     tile = tiles.Tile(16, 16, 16, 4, 2)
-    expected = quadform.quadratic_form_scale(x, A, g, 1.0, tile=tile)
+    expected = quadform.quadratic_form(x, A, tile=tile)
     for order in orders(15, 8):
         with arriving(order):
-            q, scaled = quadform.quadratic_form_scale(x, A, g, 1.0, tile=tile)
-        assert torch.equal(q, expected[0]) and torch.equal(scaled, expected[1])
+            assert torch.equal(quadform.quadratic_form(x, A, tile=tile), expected)
 
 
 def test_partial_sums_are_added_by_the_last_to_arrive_alone():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_cases import places
 
 from gfwsvd_kernels import tiles
 
@@ -29,13 +30,22 @@ def test_a_plan_gives_every_step_of_every_tile_to_one_program():
         assert (owners == 1).all(), (num_tiles, steps, programs)
 
 
-def test_no_program_has_more_than_one_step_over_its_equal_part():
+def busiest(plan: tiles.Plan) -> int:
+    """Steps of the busiest program, its additions counted as what could be multiplied meanwhile."""
+    segments = [plan.segments(program) for program in range(plan.programs)]
+    return max(sum(count for *_, count in own) + tiles.ADDITION_STEPS * len(own) for own in segments)
+
+
+def test_no_program_is_busier_than_with_equal_shares_or_equal_parts_of_tiles():
     for num_tiles, steps, programs in PLANS:
         plan = tiles.plan(num_tiles, steps, programs)
         work = [sum(count for _, _, count in plan.segments(program)) for program in range(plan.programs)]
-        assert max(work) == plan.longest and min(work) > 0
-        fair = -(-num_tiles * steps // programs)
-        assert plan.longest == fair or (plan.longest - plan.waves * steps == min(tiles.LEAST_STEPS, steps) > 0)
+        assert max(work) == plan.longest
+        least, rest = min(tiles.LEAST_STEPS, steps), num_tiles % programs
+        if rest:
+            part = max(-(-steps // (programs // rest)), least)
+            assert busiest(plan) <= plan.waves * (steps + tiles.ADDITION_STEPS) + part + tiles.ADDITION_STEPS
+            assert plan.longest - plan.waves * steps >= max(-(-rest * steps // programs), least)
 
 
 def test_a_tile_is_added_to_as_rarely_as_stream_k_would():
@@ -47,54 +57,30 @@ def test_a_tile_is_added_to_as_rarely_as_stream_k_would():
 
 def test_programs_read_the_same_tokens_at_the_same_time():
     """D = 1024 on the reference machine: the blocks of 20 tiles start at six places, the last steps elsewhere."""
-    plan = tiles.plan(20, 512, 132)
+    plan = tiles.plan(20, 2048, 132)
     starts = Counter(plan.segments(program)[0][1] for program in range(plan.programs))
     assert [count for _, count in starts.most_common(6)] == [20] * 6
     assert all(first >= 6 * plan.share for first, _ in starts.most_common()[6:])
 
 
-@pytest.mark.parametrize("rows, cols", [(16, 16), (16, 32), (128, 256)])
-def test_tiles_are_counted_that_meet_the_triangle(rows, cols):
+@pytest.mark.parametrize("rows, cols", [(16, 16), (16, 32), (64, 16), (128, 256)])
+def test_tiles_are_counted_that_make_up_squares_of_the_triangle(rows, cols):
     tile = tiles.Tile(rows, cols, 16, 4, 2)
     for width in (1, 15, 16, 17, 33, 48, 150, 576, 1000):
-        corners = [(i, j) for i in range(0, width, rows) for j in range(0, width, cols)]
-        assert tile.in_triangle(width) == sum(j <= min(i + rows, width) - 1 for i, j in corners)
-
-
-def chosen(tokens: int, width: int, out: torch.Tensor | None = None, target: tiles.Target = tiles.H200) -> tiles.Tile:
-    x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
-    out = torch.empty(width, width, device="meta") if out is None else out
-    return tiles.gram_plan(tiles.gram_candidates(target, x.dtype, out, x, x), target, tokens, width)[0]
-
-
-def test_wide_tiles_are_taken_where_they_load_less():
-    narrow, wide = tiles.ALIGNED["gram"][90][2], tiles.LARGE["gram"][90][2]
-    assert chosen(8192, 4096) == chosen(32768, 1024) == wide
-    assert chosen(8192, 128) == chosen(8192, 384) == narrow  # one tile or six: wide ones would be wasted on the corner
-    assert chosen(2048, 1024) == narrow  # few tokens: narrow tiles keep more SMs busy
-    packed, odd_rows = torch.empty(4096 * 4097 // 2, device="meta"), torch.empty(4096, 4100, device="meta")[:, :4096]
-    assert chosen(8192, 4096, packed) == chosen(8192, 4096, odd_rows) == narrow
-    assert chosen(8192, 4096, target=tiles.Target(80, 108)) == tiles.ALIGNED["gram"][80][2]
-
-
-def test_the_quadratic_form_takes_tall_tiles_where_they_keep_all_sms_busy():
-    A = torch.empty(1024, 1024, device="meta")
-    small, tall = tiles.ALIGNED["quadratic_form"][90][2], tiles.LARGE["quadratic_form"][90][2]
-    for tokens, expected in ((2048, small), (8192, tall)):
-        x = torch.empty(tokens, 1024, dtype=torch.bfloat16, device="meta")
-        assert tiles.quadratic_form_tile(tiles.H200, x.dtype, x, A) == expected
-    assert tiles.quadratic_form_tile(tiles.H200, torch.float32, x, A) == tiles.ALIGNED["quadratic_form"][90][4]
-    assert tiles.quadratic_form_tile(tiles.H200, x.dtype, x[:, ::2], A) == tiles.UNALIGNED["quadratic_form"]
+        corners = places(tile, width)
+        assert tile.in_triangle(width) == len(set(corners)) == len(corners)
+        needed = {(i, j) for i in range(0, width, rows) for j in range(0, width, cols) if j <= min(i + rows, width) - 1}
+        assert needed <= set(corners)
 
 
 def test_deterministic_mode_asks_for_no_number_of_sms():
-    both = [tiles.ALIGNED["gram"][90][2], tiles.LARGE["gram"][90][2]]
+    tile = tiles.Tile(128, 128, 64, 8, 4)
     torch.use_deterministic_algorithms(True)
     try:
-        plans = {tiles.gram_plan(both, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
+        plans = {tiles.gram_plan(tile, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
     finally:
         torch.use_deterministic_algorithms(False)
-    ((_, plan),) = plans
+    (plan,) = plans
     assert [plan.segments(program) for program in (0, plan.programs - 1)] == [[(0, 0, 128)], [(527, 0, 128)]]
 
 
