@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gfwsvd_kernels import tiles
 from gfwsvd_kernels.rows import scaled_rows
@@ -204,6 +205,11 @@ def gram_kernel(
         add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED, BULK_ADD)
 
 
+def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine must know to move blocks of a matrix; what is outside of it reads as zero."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
 def gram_accumulate(
     out: Tensor,
     x: Tensor,
@@ -244,9 +250,9 @@ def _accumulate(out: Tensor, x: Tensor, other: Tensor, target: tiles.Target, til
     bulk_add = tile.bulk_add and tiles.by_descriptors(target, out) and not out.is_cpu  # unknown to the interpreter
     left, right = (tile.depth, tile.rows), (tile.depth, tile.cols)
     gram_kernel[(plan.programs,)](
-        tiles.descriptor(out, (tile.rows, tile.cols // 4)) if bulk_add else out,
-        tiles.descriptor(x, left) if descriptors else x,
-        tiles.descriptor(other, right) if descriptors else other,
+        descriptor(out, (tile.rows, tile.cols // 4)) if bulk_add else out,
+        descriptor(x, left) if descriptors else x,
+        descriptor(other, right) if descriptors else other,
         num_tokens,
         width,
         plan.waves,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfwsvd_kernels import tiles
-from gfwsvd_kernels.gram import halves
+from gfwsvd_kernels.gram import descriptor, halves
 from gfwsvd_kernels.rows import scaled_rows
 
 GROUP_TOKENS = 8  # blocks of tokens that run side by side over the same rows of A, which stay in L2
@@ -237,8 +237,8 @@ def quadratic_form(
     quadratic_form_kernel[(num_rows * num_blocks,)](
         q,
         x,
-        tiles.descriptor(x, (tile.rows, tile.depth)) if descriptors else x,
-        tiles.descriptor(matrix, (tile.cols, tile.depth)) if descriptors else matrix,
+        descriptor(x, (tile.rows, tile.depth)) if descriptors else x,
+        descriptor(matrix, (tile.cols, tile.depth)) if descriptors else matrix,
         power,
         partial,
         arrived,

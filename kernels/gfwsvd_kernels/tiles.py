@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Target(NamedTuple):
@@ -195,11 +194,6 @@ def blocks_per_sm(registers: int, shared_bytes: int, num_warps: int, arch: int =
 def by_descriptors(target: Target, *tensors: Tensor) -> bool:
     """Whether the copy engine of the device, if it has one, can address these matrices."""
     return target.arch >= 90 and all(tensor.ndim == 2 for tensor in tensors) and _is_aligned(*tensors)
-
-
-def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """What the copy engine must know to move blocks of a matrix; what is outside of it reads as zero."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
 def interpreted_bf16(operand: Tensor) -> bool:
