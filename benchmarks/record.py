@@ -17,7 +17,7 @@ import torch
 def provenance() -> dict[str, Any]:
     """The command, machine, versions, commit and date of this run; None for what is not there.
 
-    The environment variable GFWSVD_COMMIT names the commit where the sources are no git checkout.
+    The environment variable GFWSVD_COMMIT names the commit where the sources are a copy of a checkout.
     """
     on_gpu = torch.cuda.is_available()
     return {
@@ -29,8 +29,9 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=10")
-        or os.environ.get("GFWSVD_COMMIT", "unknown"),
+        "commit": os.environ.get("GFWSVD_COMMIT")
+        or _output("git", "describe", "--always", "--dirty", "--abbrev=10")
+        or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 

@@ -50,9 +50,6 @@ def launched(kernel: str, tile: tiles.Tile, inputs: Inputs, target: tiles.Target
 
 def shipped(kernel: str, target: tiles.Target) -> tiles.Tile:
     """What the operator takes for rows that the copy engine can address."""
-    if kernel == "gram":
-        x, out = torch.empty(64, 64, dtype=DTYPE, device="meta"), torch.empty(64, 64, device="meta")
-        return tiles.gram_tile(target, DTYPE, out, x, x)
     return tiles.ALIGNED[kernel][target.arch][DTYPE.itemsize]
 
 
@@ -92,7 +89,6 @@ def measured(kernel: str, case: Case, device: torch.device, seconds: float) -> l
         name = " ".join(
             [f"{tile.rows}x{tile.cols}x{tile.depth}", f"{tile.num_warps}w", f"{tile.num_stages}st"]
             + [f"{tile.per_sm}/SM"] * (tile.per_sm > 1)
-            + ["bulk"] * tile.bulk_add
         )
         calls[name] = partial(launched, kernel, tile)
         rows[name] = {"shipped": tile == shipped(kernel, target)}

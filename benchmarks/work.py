@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.shapes import Case, GroupCase
-from gfwsvd_kernels import tiles
+from gfwsvd_kernels.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _tensor(operand: Any) -> torch.Tensor:
 
 def _gram(a: dict[str, Any], grid: tuple[int, ...], case: Case) -> Work:
     x, y, rows, cols, width = _tensor(a["x_ptr"]), _tensor(a["y_ptr"]), a["BLOCK_I"], a["BLOCK_J"], a["width"]
-    plan = tiles.Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"], a["span"])
+    plan = Plan(grid[0], a["waves"], a["rest"], a["steps"], a["share"], a["span"])
     num_tiles = plan.waves * plan.programs + plan.rest
     additions = sum(len(plan.segments(program)) for program in range(plan.programs))
     step_bytes = a["BLOCK_T"] * (rows * x.element_size() + cols * y.element_size())

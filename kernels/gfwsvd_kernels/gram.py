@@ -1,7 +1,7 @@
 """Weighted symmetric rank-T update: lower triangle of out += xᵀ diag(w) y, in place, in float32.
 
 A persistent grid of programs shares the (tile, step of tokens) pairs equally. A program walks the steps of one tile
-with the products in registers, adds them to `out`, and goes on to its next tile; `tiles.Plan` says which steps are
+with the products in registers, adds them to `out`, and goes on to its next tile; `plan.Plan` says which steps are
 whose. There is no workspace and nobody waits. Weights are multiplied onto the rows by a pass of their own.
 
 On compute capability 9.0 and later the copy engine (TMA) loads half-precision tiles through tensor descriptors: the
@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gfwsvd_kernels import tiles
+from gfwsvd_kernels.plan import gram_plan
 from gfwsvd_kernels.rows import scaled_rows
 
 WEIGHTED_BYTES = 2**28  # of weighted rows in memory at once
@@ -61,24 +62,21 @@ def halves(part):
 
 
 @triton.jit
-def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.constexpr, BULK_ADD: tl.constexpr):
+def add_lower(out_ptr, part, first_i, first_j, width, stride_or, PACKED: tl.constexpr):
     """Add to the lower triangle a part of a tile, the first of whose entries is that at (first_i, first_j)."""
     offs_i = tl.arange(0, part.shape[0])
     offs_j = tl.arange(0, part.shape[1])
     # Above the diagonal -0.0 is added, which changes no normal number: masking by entries would cost registers and the
     # vectors. In a packed triangle such an entry is one of a later row.
     part = tl.where(first_j + offs_j[None, :] <= first_i + offs_i[:, None], part, -0.0)
-    if BULK_ADD:
-        out_ptr.atomic_add([first_i, first_j], part)
+    if PACKED:  # row i starts at i (i + 1) / 2
+        base = first_i.to(tl.int64) * (first_i + 1) // 2
+        rows = offs_i * first_i + offs_i * (offs_i + 1) // 2
     else:
-        if PACKED:  # row i starts at i (i + 1) / 2
-            base = first_i.to(tl.int64) * (first_i + 1) // 2
-            rows = offs_i * first_i + offs_i * (offs_i + 1) // 2
-        else:
-            base = first_i.to(tl.int64) * stride_or
-            rows = offs_i * stride_or
-        mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
-        tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
+        base = first_i.to(tl.int64) * stride_or
+        rows = offs_i * stride_or
+    mask = (offs_i < width - first_i)[:, None] & (offs_j < width - first_j)[None, :]
+    tl.atomic_add(out_ptr + base + (rows[:, None] + (first_j + offs_j)[None, :]), part, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "waves", "rest", "steps", "share", "span"])
@@ -103,12 +101,11 @@ def gram_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BULK_ADD: tl.constexpr,
     PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
     SPLIT_BF16: tl.constexpr,
 ):
-    """With DESCRIPTORS, `x_ptr` and `y_ptr` are tensor descriptors, and with BULK_ADD `out_ptr` is one."""
+    """With DESCRIPTORS, `x_ptr` and `y_ptr` are tensor descriptors."""
     PER_COL: tl.constexpr = tl.constexpr(max(BLOCK_J // BLOCK_I, 1))
     PER_ROW: tl.constexpr = tl.constexpr(max(BLOCK_I // BLOCK_J, 1))
     QUARTER: tl.constexpr = BLOCK_J // 4
@@ -117,7 +114,7 @@ def gram_kernel(
     offs_j = tl.arange(0, BLOCK_J)
     edge = tl.cdiv(width, BLOCK_I * PER_COL)
 
-    # `tiles.Plan.segments`, in the words of a kernel
+    # `plan.Plan.segments`, in the words of a kernel
     program = tl.program_id(0)
     shared_from = waves * tl.num_programs(0)
     num_blocks = steps // share * rest
@@ -199,10 +196,10 @@ def gram_kernel(
         left, right = halves(acc)  # in parts, so that addresses and masks fit the registers
         a, b = halves(left)
         c, d = halves(right)
-        add_lower(out_ptr, a, first_i, first_j, width, stride_or, PACKED, BULK_ADD)
-        add_lower(out_ptr, b, first_i, first_j + QUARTER, width, stride_or, PACKED, BULK_ADD)
-        add_lower(out_ptr, c, first_i, first_j + 2 * QUARTER, width, stride_or, PACKED, BULK_ADD)
-        add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED, BULK_ADD)
+        add_lower(out_ptr, a, first_i, first_j, width, stride_or, PACKED)
+        add_lower(out_ptr, b, first_i, first_j + QUARTER, width, stride_or, PACKED)
+        add_lower(out_ptr, c, first_i, first_j + 2 * QUARTER, width, stride_or, PACKED)
+        add_lower(out_ptr, d, first_i, first_j + 3 * QUARTER, width, stride_or, PACKED)
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
@@ -241,16 +238,14 @@ def _accumulate(out: Tensor, x: Tensor, other: Tensor, target: tiles.Target, til
     tiles.check_strides(out=out, x=x, other=other)
     split_bf16 = (x.dtype, other.dtype) == (torch.bfloat16, torch.float32) and not tiles.interpreted_bf16(x)
     upcast = not split_bf16 and (x.dtype != other.dtype or tiles.interpreted_bf16(x))
-    if tile is None and split_bf16:
-        tile = tiles.tile("gram_split", target, torch.float32, x, other)
-    tile = tile or tiles.gram_tile(target, torch.float32 if upcast else x.dtype, out, x, other)
-    plan = tiles.gram_plan(tile, target, num_tokens, width)
+    dtype = torch.float32 if split_bf16 or upcast else x.dtype
+    tile = tile or tiles.tile("gram_split" if split_bf16 else "gram", target, dtype, x, other)
+    plan = gram_plan(tile, target, num_tokens, width)
     half = x.dtype.itemsize == other.dtype.itemsize == 2  # TF32 products would need their operands the other way round
     descriptors = half and tiles.by_descriptors(target, x, other)
-    bulk_add = tile.bulk_add and tiles.by_descriptors(target, out) and not out.is_cpu  # unknown to the interpreter
     left, right = (tile.depth, tile.rows), (tile.depth, tile.cols)
     gram_kernel[(plan.programs,)](
-        descriptor(out, (tile.rows, tile.cols // 4)) if bulk_add else out,
+        out,
         descriptor(x, left) if descriptors else x,
         descriptor(other, right) if descriptors else other,
         num_tokens,
@@ -268,7 +263,6 @@ def _accumulate(out: Tensor, x: Tensor, other: Tensor, target: tiles.Target, til
         BLOCK_T=tile.depth,
         GROUP=tile.group,
         DESCRIPTORS=descriptors,
-        BULK_ADD=bulk_add,
         PACKED=out.ndim == 1,
         UPCAST=upcast,
         SPLIT_BF16=split_bf16,

@@ -42,10 +42,10 @@ class LowRankGroup(nn.Module):
     projections of one D_OUT, it is `silu(y_0) * y_1` (..., D_OUT). The intermediate `down x` is rounded to the dtype of
     x, everything else is summed in float32.
 
-    On a GPU up to 8 tokens take two launches that read every weight once and overlap, and a third one for an activation
-    of pivoted projections; more tokens take matrix products. Results repeat bit for bit. Calls can be captured in a
-    CUDA graph and traced by `torch.compile`. The buffers are laid out for the kernels (`layout.py`), are no part of a
-    state dict, and have no gradient.
+    On a GPU one or two tokens take two launches that read every weight once and overlap, and a third one for an
+    activation of pivoted projections; more tokens take matrix products. Results repeat bit for bit. Calls can be
+    captured in a CUDA graph and traced by `torch.compile`. The buffers are laid out for the kernels (`layout.py`), are
+    no part of a state dict, and have no gradient.
     """
 
     down: Tensor

@@ -22,7 +22,7 @@ from torch import Tensor
 
 OUT_BLOCK = 512  # outputs that one program finishes
 ALIGN = 8  # elements: 16 bytes of a half-precision type
-FEW_TOKENS = 8  # up to here two launches read every factor once; more tokens are matrix products
+FEW_TOKENS = 2  # up to here two launches read every factor once; more tokens are matrix products
 
 FIELDS = (
     "z_start",  # first column of z_i in z

@@ -1,4 +1,4 @@
-"""Up to 16 tokens through a group of low-rank projections in two launches: z = x downᵀ for all, then all outputs.
+"""One or two tokens through a group of low-rank projections in two launches: z = x downᵀ for all, then all outputs.
 
 A program owns some rows of a factor, which lie in memory as they are read. The second launch begins while the first
 still runs (programmatic dependent launch, on Hopper and later): its programs ask for their first weights, and only then
@@ -202,12 +202,16 @@ def skinny(
     finishes = layout.silu_mul and layout.pivoted
     products = torch.empty(num_tokens, layout.sums_width, dtype=stored, device=x.device) if finishes else y
     target = target or tiles.target(x.device)
-    tile = tile or tiles.skinny_tile(x.dtype, num_tokens)
     dependent = target.arch >= 90 and x.device.type != "cpu"
     flags: dict[str, int] = {"HAS_BIAS": bias is not None and not finishes, "DEPENDENT": dependent}
-    flags |= {"BLOCK_T": tile.cols, "BLOCK_O": tile.rows, "BLOCK_I": tile.depth}
-    options = tile.options() | ({"launch_pdl": True} if dependent else {})
-    down_kernel[(triton.cdiv(layout.z_width, tile.rows),)](
+
+    def options(rows: int) -> dict[str, int | bool]:
+        chosen = tile or tiles.skinny_tile(target, x.dtype, num_tokens, rows)
+        blocks = {"BLOCK_T": chosen.cols, "BLOCK_O": chosen.rows, "BLOCK_I": chosen.depth}
+        return flags | blocks | chosen.options() | ({"launch_pdl": True} if dependent else {})
+
+    for_down = options(layout.z_width)
+    down_kernel[(triton.cdiv(layout.z_width, for_down["BLOCK_O"]),)](
         z,
         y,
         x,
@@ -219,12 +223,12 @@ def skinny(
         layout.z_width,
         layout.out_width,
         PIVOTED=layout.pivoted and not finishes,
-        **flags,
-        **options,
+        **for_down,
     )
     silu_mul = layout.silu_mul and not finishes
     sharing = layout.projections[:1] if silu_mul else layout.projections
-    num_programs = sum(triton.cdiv(p.rows, tile.rows) for p in sharing)
+    for_up = options(sum(p.rows for p in sharing))
+    num_programs = sum(triton.cdiv(p.rows, for_up["BLOCK_O"]) for p in sharing)
     if num_programs:
         up_kernel[(num_programs,)](
             products,
@@ -239,8 +243,7 @@ def skinny(
             NUM_PROJECTIONS=len(layout.projections),
             SILU_MUL=silu_mul,
             IN_PLACE=not finishes,
-            **flags,
-            **options,
+            **for_up,
         )
     if finishes:
         finish(y, products, z, bias, table, layout)

@@ -4,8 +4,8 @@ The entries come from ahead-of-time compilation: tiles that neither spill nor lo
 architecture. `tests/kernels/test_aot.py` compiles every one of them again.
 """
 
+import math
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,6 @@ class Tile:
     num_warps: int
     num_stages: int
     per_sm: int = 1  # programs of a persistent grid that an SM holds at once
-    bulk_add: bool = False  # tiles are added to memory by the copy engine (TMA), where it can address them
 
     @property
     def group(self) -> int:
@@ -58,13 +57,8 @@ MAX_STRIDE = 2**23
 ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     "gram": {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3, per_sm=2)},
-        90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(64, 128, 32, 4, 3, per_sm=2)},
+        90: {2: Tile(128, 128, 64, 8, 4), 4: Tile(64, 64, 32, 4, 3, per_sm=2)},
         100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 128, 32, 8, 2)},
-    },
-    "gram_bulk": {  # rows of out that the copy engine can address too
-        80: {},
-        90: {2: Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True)},
-        100: {2: Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True)},
     },
     "gram_split": {  # the other operand float32
         80: {4: Tile(64, 64, 32, 4, 3, per_sm=2)},
@@ -73,8 +67,8 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "quadratic_form": {
         80: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
-        100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        90: {2: Tile(256, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+        100: {2: Tile(256, 128, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     },
     "scores": {
         80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
@@ -98,22 +92,13 @@ ALIGNED: dict[str, dict[int, dict[int, Tile]]] = {
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "gram": (
         Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 4, bulk_add=True),
         Tile(128, 128, 64, 4, 4),
         Tile(128, 128, 64, 4, 3, per_sm=2),
-        Tile(128, 128, 64, 4, 3, per_sm=2, bulk_add=True),
-        Tile(128, 128, 64, 8, 3, per_sm=2, bulk_add=True),
         Tile(128, 128, 128, 8, 3),
-        Tile(128, 128, 128, 8, 3, bulk_add=True),
         Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 3, bulk_add=True),
         Tile(128, 256, 64, 8, 4),
-        Tile(128, 256, 64, 8, 4, bulk_add=True),
         Tile(256, 128, 64, 8, 3),
-        Tile(256, 128, 64, 8, 3, bulk_add=True),
-        Tile(256, 128, 64, 8, 4, bulk_add=True),
         Tile(64, 256, 64, 4, 4),
-        Tile(64, 256, 64, 4, 4, bulk_add=True),
     ),
     "quadratic_form": (
         Tile(128, 128, 64, 8, 4),
@@ -163,12 +148,6 @@ def tile(kernel: str, target: Target, dtype: torch.dtype, *tensors: Tensor) -> T
     return UNALIGNED[kernel]
 
 
-def gram_tile(target: Target, dtype: torch.dtype, out: Tensor, x: Tensor, other: Tensor) -> Tile:
-    """The tile of the Gram kernel that multiplies in dtype; where it can, the copy engine adds to `out`."""
-    bulk = ALIGNED["gram_bulk"][target.arch].get(dtype.itemsize)
-    return bulk if bulk and by_descriptors(target, out, x, other) else tile("gram", target, dtype, x, other)
-
-
 def _is_aligned(*tensors: Tensor) -> bool:
     """Whether rows can be read 16 bytes at a time. Triton looks for multiples of 16 elements, so this does too."""
     return all(
@@ -209,85 +188,19 @@ def check_strides(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have strides below {MAX_STRIDE} elements on a GPU, {found}")
 
 
-LEAST_STEPS = 8  # of tokens that are worth the addition of a tile to memory
-ADDITION_STEPS = 8  # that a program could multiply while it adds a tile
+# Of a factor and one or two tokens: rows that a program multiplies, tokens, columns (of 2 bytes) in a step; the first
+# whose programs fill the GPU's places without much of a remainder, else the last
+SKINNY = {
+    1: (Tile(2, 1, 1024, 4, 1, per_sm=9), Tile(4, 1, 1024, 4, 1, per_sm=5), Tile(8, 1, 512, 4, 1, per_sm=4)),
+    2: (Tile(4, 2, 512, 2, 1, per_sm=6),),
+}
+MOST_WASTE = 1.2  # of the places that programs have in their last wave
 
 
-class Plan(NamedTuple):
-    """Who computes what of the (tile, step) pairs of a triangle: stream-K, but programs keep to the same tokens.
-
-    A program owns `waves` whole tiles. The `rest` of the tiles, fewer than there are programs, are cut: first each tile
-    into as many blocks of `share` steps as it holds, one a program, then what is left, the last steps of all these
-    tiles in a row, into ranges of `span` steps that may cross from tile to tile. But for these last steps, programs
-    that run at the same time read the same tokens, so that x comes from memory about once. Ranges across whole tiles
-    would start anywhere: D = 1024 would read a long x from memory seven times.
-    """
-
-    programs: int
-    waves: int
-    rest: int
-    steps: int
-    share: int
-    span: int
-
-    @property
-    def longest(self) -> int:
-        """Steps of the busiest program."""
-        return self.waves * self.steps + (self.share if self.rest else 0)
-
-    def segments(self, program: int) -> list[tuple[int, int, int]]:
-        """What a program does, in its order: tiles, and of each the first step and how many."""
-        found = [(wave * self.programs + program, 0, self.steps) for wave in range(self.waves)]
-        shared_from = self.waves * self.programs
-        blocks_of_a_tile, tail = divmod(self.steps, self.share)
-        num_blocks = blocks_of_a_tile * self.rest
-        if program < num_blocks:
-            return [*found, (shared_from + program % self.rest, program // self.rest * self.share, self.share)]
-        begin = (program - num_blocks) * self.span
-        end = min(begin + self.span, self.rest * tail)
-        while begin < end:
-            nth, skipped = divmod(begin, tail)
-            count = min(tail - skipped, end - begin)
-            found.append((shared_from + nth, self.steps - tail + skipped, count))
-            begin += count
-        return found
-
-
-@cache
-def plan(num_tiles: int, steps: int, programs: int) -> Plan:
-    """For at most so many programs: the rest in equal shares, or each of its tiles in equally many parts.
-
-    Equal shares are shorter, but ranges that cross tiles are added to memory once a tile, and nobody multiplies in the
-    meantime.
-    """
-    waves, rest = divmod(num_tiles, programs)
-    if not rest:
-        return Plan(programs, waves, 0, steps, steps, steps)
-    least = min(LEAST_STEPS, steps)
-    share = max(-(-rest * steps // programs), least)
-    part = max(-(-steps // (programs // rest)), least)
-    tail = steps % share
-    additions = -(-share // tail) + 1 if tail and share != tail else 1
-    span = share
-    if part + ADDITION_STEPS <= share + ADDITION_STEPS * additions:
-        share, tail = part, steps % part
-        span = tail or share
-    needed = steps // share * rest + -(-rest * tail // span)
-    return Plan(programs if waves else needed, waves, rest, steps, share, span)
-
-
-def gram_plan(tile: Tile, target: Target, num_tokens: int, width: int) -> Plan:
-    """In deterministic mode every tile of `out` has one program, and nothing depends on the number of SMs."""
-    num_tiles = tile.in_triangle(width)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return plan(num_tiles, -(-num_tokens // tile.depth), num_tiles if deterministic else target.num_sms * tile.per_sm)
-
-
-# By tokens, at most: rows of a weight that a program multiplies, and how many of their columns (of 2 bytes) in a step
-SKINNY = {1: Tile(8, 1, 512, 4, 1), 2: Tile(4, 2, 512, 2, 1), 4: Tile(2, 4, 512, 2, 1), 8: Tile(2, 8, 512, 2, 1)}
-
-
-def skinny_tile(dtype: torch.dtype, num_tokens: int) -> Tile:
-    """The tile for a few tokens through a weight in dtype."""
-    tile = SKINNY[next(tokens for tokens in SKINNY if num_tokens <= tokens)]
+def skinny_tile(target: Target, dtype: torch.dtype, num_tokens: int, rows: int) -> Tile:
+    """The tile for a few tokens through a factor of so many rows in dtype."""
+    for tile in SKINNY[num_tokens]:
+        places = -(-rows // tile.rows) / (tile.per_sm * target.num_sms)
+        if places <= 1 or math.ceil(places) <= MOST_WASTE * places:
+            break
     return replace(tile, depth=2 * tile.depth // dtype.itemsize)

@@ -10,7 +10,7 @@ from gfwsvd_kernels import Factors
 GROUPS: dict[str, tuple[int, list[tuple[int, int, bool, bool]], str | None]] = {
     "one": (40, [(5, 33, False, False)], None),
     "one_with_bias": (40, [(16, 64, False, True)], None),
-    "rank_one": (9, [(1, 1, False, True)], None),
+    "rank_one": (9, [(1, 1, False, False)], None),  # a bias would cancel the rounding of z, or not, by luck
     "several_blocks": (70, [(17, 1030, False, True)], None),
     "qkv": (64, [(24, 96, False, True), (7, 32, False, False), (9, 32, False, True)], None),
     "gate_up": (48, [(19, 520, False, False), (8, 520, False, True)], "silu_mul"),

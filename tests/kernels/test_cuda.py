@@ -29,11 +29,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def gram_tiles(dtype: torch.dtype, out: torch.Tensor, x: torch.Tensor) -> list[tiles.Tile]:
-    """The shipped tiles, which add to memory by threads or by the copy engine, and a wide and a tall one."""
+    """The shipped tile, and a wide and a tall one."""
     target = tiles.target(x.device)
-    found = [tiles.gram_tile(target, dtype, out, x, x), tiles.tile("gram", target, dtype, x)]
+    found = [tiles.tile("gram", target, dtype, x)]
     if dtype.itemsize == 2 and tiles.by_descriptors(target, out, x):
-        found += [tiles.Tile(128, 256, 64, 8, 3, bulk_add=True), tiles.Tile(256, 128, 64, 8, 3, bulk_add=True)]
+        found += [tiles.Tile(128, 256, 64, 8, 3), tiles.Tile(256, 128, 64, 8, 3)]
     return found
 
 
@@ -218,7 +218,7 @@ def test_a_compiled_graph_runs_the_kernels():
 
 @pytest.mark.parametrize("case", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 7, 12, 64, 65])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 65])
 def test_a_group_agrees_with_float64_call_after_call(case, dtype, num_tokens):
     projections, activation = group_of(case, dtype)
     group = LowRankGroup(projections, activation=activation)
@@ -241,7 +241,7 @@ def large_group(name: str, dtype: torch.dtype, pivoted: bool) -> tuple[list[Fact
 
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("pivoted", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 8, 48, 300])
+@pytest.mark.parametrize("num_tokens", [1, 2, 48, 300])
 def test_a_group_of_a_real_model_agrees_with_float64(name, pivoted, num_tokens):
     projections, activation = large_group(name, torch.bfloat16, pivoted)
     group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.bfloat16)

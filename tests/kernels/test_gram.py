@@ -21,7 +21,7 @@ from gfwsvd_kernels import gram, gram_accumulate, pack, reference, symmetrize, t
 
 SMALL = tiles.Tile(16, 16, 16, 4, 2)
 WIDE = tiles.Tile(16, 32, 16, 4, 2)
-TALL = tiles.Tile(64, 16, 16, 4, 2, bulk_add=True)
+TALL = tiles.Tile(64, 16, 16, 4, 2)
 THREE_SMS = tiles.Target(90, 3)  # whole tiles in several waves, and shares of the rest
 
 

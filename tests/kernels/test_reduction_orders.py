@@ -11,6 +11,7 @@ from kernel_cases import places
 from triton.runtime import interpreter
 
 from gfwsvd_kernels import gram, quadform, tiles
+from gfwsvd_kernels import plan as plans
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter alone runs programs in order")
 
@@ -36,8 +37,8 @@ def arriving(order: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def plan(num_sms: int) -> tiles.Plan:
-    return tiles.plan(TILE.in_triangle(WIDTH), -(-TOKENS // TILE.depth), num_sms)
+def plan(num_sms: int) -> plans.Plan:
+    return plans.plan(TILE.in_triangle(WIDTH), -(-TOKENS // TILE.depth), num_sms)
 
 
 def accumulated(x: torch.Tensor, num_sms: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def accumulated(x: torch.Tensor, num_sms: int) -> torch.Tensor:
     return out
 
 
-def emulated(x: torch.Tensor, plan: tiles.Plan, order: Sequence[int]) -> torch.Tensor:
+def emulated(x: torch.Tensor, plan: plans.Plan, order: Sequence[int]) -> torch.Tensor:
     """The same additions without Triton: float32 in a tile, step by step, then into `out` as programs arrive."""
     corners = places(TILE, WIDTH)
     rows, cols = TILE.rows * 8, TILE.cols * 4  # with room for the edges of the last tiles

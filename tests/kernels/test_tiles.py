@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import places
 
+from gfwsvd_kernels import plan as plans
 from gfwsvd_kernels import tiles
 
 PLANS = [
@@ -20,7 +21,7 @@ PLANS = [
 
 def test_a_plan_gives_every_step_of_every_tile_to_one_program():
     for num_tiles, steps, programs in PLANS:
-        plan = tiles.plan(num_tiles, steps, programs)
+        plan = plans.plan(num_tiles, steps, programs)
         assert 1 <= plan.programs <= programs
         owners = torch.zeros(num_tiles, steps, dtype=torch.int32)
         for program in range(plan.programs):
@@ -30,34 +31,34 @@ def test_a_plan_gives_every_step_of_every_tile_to_one_program():
         assert (owners == 1).all(), (num_tiles, steps, programs)
 
 
-def busiest(plan: tiles.Plan) -> int:
+def busiest(plan: plans.Plan) -> int:
     """Steps of the busiest program, its additions counted as what could be multiplied meanwhile."""
     segments = [plan.segments(program) for program in range(plan.programs)]
-    return max(sum(count for *_, count in own) + tiles.ADDITION_STEPS * len(own) for own in segments)
+    return max(sum(count for *_, count in own) + plans.ADDITION_STEPS * len(own) for own in segments)
 
 
 def test_no_program_is_busier_than_with_equal_shares_or_equal_parts_of_tiles():
     for num_tiles, steps, programs in PLANS:
-        plan = tiles.plan(num_tiles, steps, programs)
+        plan = plans.plan(num_tiles, steps, programs)
         work = [sum(count for _, _, count in plan.segments(program)) for program in range(plan.programs)]
         assert max(work) == plan.longest
-        least, rest = min(tiles.LEAST_STEPS, steps), num_tiles % programs
+        least, rest = min(plans.LEAST_STEPS, steps), num_tiles % programs
         if rest:
             part = max(-(-steps // (programs // rest)), least)
-            assert busiest(plan) <= plan.waves * (steps + tiles.ADDITION_STEPS) + part + tiles.ADDITION_STEPS
+            assert busiest(plan) <= plan.waves * (steps + plans.ADDITION_STEPS) + part + plans.ADDITION_STEPS
             assert plan.longest - plan.waves * steps >= max(-(-rest * steps // programs), least)
 
 
 def test_a_tile_is_added_to_as_rarely_as_stream_k_would():
     for num_tiles, steps, programs in PLANS:
-        plan = tiles.plan(num_tiles, steps, programs)
+        plan = plans.plan(num_tiles, steps, programs)
         additions = sum(len(plan.segments(program)) for program in range(plan.programs))
         assert additions <= num_tiles + plan.programs
 
 
 def test_programs_read_the_same_tokens_at_the_same_time():
     """D = 1024 on the reference machine: the blocks of 20 tiles start at six places, the last steps elsewhere."""
-    plan = tiles.plan(20, 2048, 132)
+    plan = plans.plan(20, 2048, 132)
     starts = Counter(plan.segments(program)[0][1] for program in range(plan.programs))
     assert [count for _, count in starts.most_common(6)] == [20] * 6
     assert all(first >= 6 * plan.share for first, _ in starts.most_common()[6:])
@@ -77,7 +78,7 @@ def test_deterministic_mode_asks_for_no_number_of_sms():
     tile = tiles.Tile(128, 128, 64, 8, 4)
     torch.use_deterministic_algorithms(True)
     try:
-        plans = {tiles.gram_plan(tile, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
+        plans = {plans.gram_plan(tile, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
     finally:
         torch.use_deterministic_algorithms(False)
     (plan,) = plans
