@@ -28,16 +28,10 @@ from torch import nn
 import gfwsvd
 from benchmarks import record
 from benchmarks.packaged import packaged_smollm2
+from benchmarks.random_models import SHAPES, random_model
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.ranks import Candidate
 
-# From the published configurations
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128},
-}
 RANK_MULTIPLE = 8
 
 
@@ -126,15 +120,8 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
         source = arguments.model or str(packaged_smollm2())
         model, _, name = gfwsvd.load_model(source, dtype=arguments.dtype, device=arguments.device)
         return model, name
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(arguments.device):
-            return LlamaForCausalLM(LlamaConfig(**SHAPES[arguments.shape])), f"{arguments.shape}, random weights"
-    finally:
-        torch.set_default_dtype(default)
+    model = random_model(arguments.shape, dtype=dtype, device=arguments.device)
+    return model, f"{arguments.shape}, random weights"
 
 
 def _compile_norms(model: nn.Module) -> None:

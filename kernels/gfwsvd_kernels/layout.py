@@ -14,7 +14,7 @@ rank of projection i, z = x downᵀ (T, sum R_i) serves all of them, and y_i = z
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -61,11 +61,11 @@ class Layout:
     projections: tuple[Projection, ...]
     silu_mul: bool
 
-    @classmethod
-    def of(cls, sizes: Sequence[int], silu_mul: bool) -> "Layout":
-        """From the numbers of all projections in a row, as the operator takes them."""
-        width = len(Projection._fields)
-        return cls(tuple(Projection(*sizes[i : i + width]) for i in range(0, len(sizes), width)), silu_mul)
+    @staticmethod
+    def of(sizes: Sequence[int], silu_mul: bool) -> "Layout":
+        """From the numbers of all projections in a row, as the operator takes them; what was derived from the same
+        numbers before is not computed again."""
+        return _layout(tuple(sizes), silu_mul)
 
     @property  # not cached: torch.compile cannot trace the lock of a cached one
     def sizes(self) -> list[int]:
@@ -135,6 +135,12 @@ class Layout:
             source[rest] = torch.arange(p.rows)
             parts += [first + rest, source]
         return torch.cat(parts).to(torch.int32)
+
+
+@cache
+def _layout(sizes: tuple[int, ...], silu_mul: bool) -> Layout:
+    width = len(Projection._fields)
+    return Layout(tuple(Projection(*sizes[i : i + width]) for i in range(0, len(sizes), width)), silu_mul)
 
 
 class Operands(NamedTuple):

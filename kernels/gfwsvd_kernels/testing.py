@@ -136,7 +136,8 @@ def _launch_all(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
     x, weight, A = _empty(8192, width, dtype=dtype), _empty(8192), _empty(width, width)
     gram.gram_accumulate(A, x, weight, target=target)
     quadform.quadratic_form_scale(x, A, x, 1.0, target=target)
-    sequence.sequence_unit_step(A, x, x, None, _empty(3, dtype=torch.int64), target=target)
+    for metric in (None, A):
+        sequence.sequence_unit_step(A, x, x, metric, _empty(3, dtype=torch.int64), target=target)
 
 
 def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) -> None:
@@ -150,7 +151,6 @@ def _launch_other_flags(dtype: torch.dtype, width: int, target: tiles.Target) ->
     quadform.quadratic_form(x, A, target=target)
     quadform.quadratic_form(x, A.to(dtype), target=target)
     quadform.quadratic_form(x, _packed(A), target=target)
-    sequence.sequence_unit_step(A, x, x, A, _empty(3, dtype=torch.int64), target=target)
 
 
 def _packed(matrix: torch.Tensor) -> torch.Tensor:

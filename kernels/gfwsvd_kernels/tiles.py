@@ -191,7 +191,7 @@ def check_strides(**tensors: Tensor) -> None:
 # Of a factor and one or two tokens: rows that a program multiplies, tokens, columns (of 2 bytes) in a step; the first
 # whose programs fill the GPU's places without much of a remainder, else the last
 SKINNY = {
-    1: (Tile(2, 1, 1024, 4, 1, per_sm=9), Tile(4, 1, 1024, 4, 1, per_sm=5), Tile(8, 1, 512, 4, 1, per_sm=4)),
+    1: (Tile(2, 1, 1024, 4, 1, per_sm=9), Tile(8, 1, 512, 4, 1, per_sm=4)),
     2: (Tile(4, 2, 512, 2, 1, per_sm=6),),
 }
 MOST_WASTE = 1.2  # of the places that programs have in their last wave

@@ -78,10 +78,10 @@ def test_deterministic_mode_asks_for_no_number_of_sms():
     tile = tiles.Tile(128, 128, 64, 8, 4)
     torch.use_deterministic_algorithms(True)
     try:
-        plans = {plans.gram_plan(tile, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
+        found = {plans.gram_plan(tile, tiles.Target(90, sms), 8192, 4096) for sms in (1, 78, 132, 10_000)}
     finally:
         torch.use_deterministic_algorithms(False)
-    (plan,) = plans
+    (plan,) = found
     assert [plan.segments(program) for program in (0, plan.programs - 1)] == [[(0, 0, 128)], [(527, 0, 128)]]
 
 

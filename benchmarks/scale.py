@@ -1,0 +1,67 @@
+"""What a compression costs at the size of a 7B model: seconds of every phase and memory, on some of its layers.
+
+    python -m benchmarks.scale --results FILE                        # 2 layers of Llama-2-7B, 16 x 2048 tokens
+    python -m benchmarks.scale --layers 32 --sequences 128 --results FILE
+
+The weights and tokens are random: none of the phases depends on their values but for the guard, which may factor a
+layer up to four times. Passes and factorisation grow with the layers; the head is the same for any number of them.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gfwsvd
+from benchmarks import record
+from benchmarks.random_models import SHAPES, random_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-2-7b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
+    parser.add_argument("--sweeps", type=int, default=2)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--no-guard", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = random_model(
+        arguments.shape, dtype=getattr(torch, arguments.dtype), device=arguments.device, layers=arguments.layers
+    )
+    ids = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.sequences, arguments.seq_len))
+    statistics = gfwsvd.calibrate(
+        model, [{"input_ids": part} for part in ids.split(arguments.batch)], sweeps=arguments.sweeps
+    )
+    began = time.perf_counter()
+    report = gfwsvd.compress(model, statistics=statistics, keep=arguments.keep, guard=not arguments.no_guard)
+    seconds = {f"pass {number}": taken for number, taken in enumerate(statistics.seconds, start=1)}
+    seconds["factorisation"] = time.perf_counter() - began
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    row = {
+        "benchmark": "scale", "shape": arguments.shape, "layers": arguments.layers, "sequences": arguments.sequences,
+        "seq_len": arguments.seq_len, "batch": arguments.batch, "dtype": arguments.dtype, "keep": arguments.keep,
+        "guard": not arguments.no_guard, "seconds": seconds,
+        "linears": len(report.layers), "dense": report.dense, "stored": report.stored,
+        "metrics": {layer.name: layer.metrics for layer in report.layers},
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }  # fmt: skip
+    record.append(arguments.results, row | record.provenance())
+    table = Table("phase", "s", "s a decoder layer")
+    for phase, taken in seconds.items():
+        table.add_row(phase, f"{taken:.2f}", f"{taken / arguments.layers:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
