@@ -127,13 +127,13 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
 def _compile_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.compile(dynamic=False)
+            module.compile()
 
 
 def _compile_rotary_embedding(model: nn.Module) -> None:
     code: Any = sys.modules[type(model).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
-        code.apply_rotary_pos_emb = torch.compile(code.apply_rotary_pos_emb, dynamic=False)
+        code.apply_rotary_pos_emb = torch.compile(code.apply_rotary_pos_emb)
 
 
 @torch.inference_mode()
