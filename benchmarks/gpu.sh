@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts that are held under eight minutes together by time limits: all tests,
-# memory and race checks, the benchmarks of the kernels with the predictions beside them and tables, generation. It
-# needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results. docs/gpu.md says more.
-#   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|serving ...]     # default: all parts
+# Everything that needs a GPU, in parts that are held under eight minutes together by time limits: all tests, memory and
+# race checks, the benchmarks of the kernels with the predictions beside them and tables, generation and compression at
+# the size of a 7B model. It needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results.
+# docs/gpu.md says more.
+#   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|models ...]     # default: all parts
 #   benchmarks/gpu.sh --dry-run [...]      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
-last_benchmark=300 # seconds after which no benchmark of a kernel is begun
+last_benchmark=280 # seconds after which no benchmark of a kernel is begun
 deadline=470       # seconds after which nothing runs any more: what a step may take is cut to what is left
 export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -18,11 +19,11 @@ parts=
 for argument in "$@"; do
     case "$argument" in
         --dry-run) dry=1 deadline=$((5 * deadline)) ;; # who shares a CPU may take longer
-        tests | checks | kernels | serving) parts+=" $argument" ;;
-        *) echo "unknown argument $argument; it takes --dry-run, tests, checks, kernels, serving" >&2; exit 2 ;;
+        tests | checks | kernels | models) parts+=" $argument" ;;
+        *) echo "unknown argument $argument; it takes --dry-run, tests, checks, kernels, models" >&2; exit 2 ;;
     esac
 done
-parts=${parts:-tests checks kernels serving}
+parts=${parts:-tests checks kernels models}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 
 results=$("$python" - "$dry" <<'CHECK'
@@ -54,14 +55,15 @@ step() {
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || failed+=("$name: exit status $status")
 }
-rm -f "$out"/{tests,checks,kernels,serving}.log
+rm -f "$out"/{tests,checks,kernels,models}.log
 
 # What to run, and how small a dry run is
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 cases=(--keep 0.8 0.5)
 timing=(--seconds 0.3)
 predicted=("${cases[@]}")
-generation=(--shape llama-3.1-8b --dtype bfloat16 --device cuda --compile --engines dense naive fused)
+generation=(--shape llama-3.1-8b --dtype bfloat16 --device cuda --compile --engines dense naive fused --new 24 --rounds 2)
+compression=(--layers 1 --no-guard)
 interpreter=()
 if [ "$dry" ]; then
     pytest+=(--collect-only -q)
@@ -69,6 +71,7 @@ if [ "$dry" ]; then
     timing=(--seconds 0 --sets 1)
     predicted=(--shapes tiny --keep 0.1 --tokens 4 --op lowrank_linear)
     generation=(--shape tiny --batch 1 --prompt 4 --new 2 --rounds 1 --engines dense naive fused)
+    compression=(--shape tiny --layers 1 --sequences 4 --seq-len 16 --dtype float32)
     interpreter=(env TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1)
 elif has xdist; then
     pytest+=(-n "$(nproc)") # compiling the kernels is what takes the time
@@ -135,8 +138,10 @@ if wants kernels; then
         "$python" -m benchmarks.tables "$out/$results" --markdown "$out/kernels.md" "${picture[@]}"
 fi
 
-if wants serving; then
-    step serving 100 serving.log "$python" -m benchmarks.serve "${generation[@]}" --results "$out/${results/kernels/serving}"
+if wants models; then
+    models=$out/${results/kernels/models}
+    step generation 100 models.log "$python" -m benchmarks.serve "${generation[@]}" --results "$models"
+    step compression 40 models.log "$python" -m benchmarks.scale "${compression[@]}" --results "$models"
 fi
 
 echo "== $SECONDS s; results in $out"

@@ -147,9 +147,11 @@ class _GpuTimer:
 
 
 def ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
-    """What this machine reaches: GB/s of a copy (read and written), TFLOP/s of a square product in each dtype.
+    """What this machine reaches: GB/s of a copy (read and written) and of reading alone, TFLOP/s of a square product in
+    each dtype.
 
-    float32 products are true ones: torch must not have been told to use TF32.
+    Reading alone is a product of a matrix and a vector in bfloat16. float32 products are true ones: torch must not have
+    been told to use TF32.
     """
     on_gpu = device.type == "cuda"
     num_bytes, width = (2**31, 8192) if on_gpu else (2**24, 256)
@@ -158,6 +160,11 @@ def ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
     copy = {"copy": timer(lambda pair: pair[1].copy_(pair[0]), pairs, device)}
     found = {"copy_gbs": 2 * num_bytes / time_in_turn(copy, seconds=seconds)["copy"].us[1] / 1e3}
     del source, pairs, copy
+    matrix = torch.randn(num_bytes // 2 // 4096, 4096, device=device, dtype=torch.bfloat16)
+    vector = torch.randn(4096, 1, device=device, dtype=torch.bfloat16)
+    read = {"read": timer(lambda pair: pair[0] @ pair[1], [(matrix, vector)], device)}
+    found["read_gbs"] = num_bytes / time_in_turn(read, seconds=seconds)["read"].us[1] / 1e3
+    del matrix, vector, read
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         factors = [torch.randn(width, width, device=device, dtype=dtype) for _ in range(2)]
         matmul = {"mm": timer(lambda pair: pair[0] @ pair[1], [factors], device)}

@@ -31,7 +31,8 @@ OK, CORRECT, MISSING, WRONG, FAILED = "ok", "correct", "missing", "wrong", "fail
 
 def floor_us(flops: int, num_bytes: int, dtype: str, ceilings: dict[str, float]) -> float:
     """The time in which the machine's measured ceilings allow this much work: the longer of computing and moving."""
-    return max(flops / ceilings[f"{dtype}_tflops"] / 1e6, num_bytes / ceilings["copy_gbs"] / 1e3)
+    gbs = max(ceilings["copy_gbs"], ceilings["read_gbs"])
+    return max(flops / ceilings[f"{dtype}_tflops"] / 1e6, num_bytes / gbs / 1e3)
 
 
 def checked(

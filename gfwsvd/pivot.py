@@ -45,12 +45,18 @@ def pivoted(up: Tensor, down: Tensor) -> Pivoted:
     up, down = up.double(), down.double()
     rank = up.shape[1]
     basis = torch.linalg.qr(up).Q
-    swaps = torch.linalg.lu_factor(basis).pivots
-    rows = torch.arange(len(up), device=up.device)
+    # P basis = L U: the first rows of P are the pivots, and the others have the coefficients L_2 L_1⁻¹ in them
+    factors, swaps = torch.linalg.lu_factor(basis)
+    order = list(range(len(up)))
     for number, other in enumerate((swaps - 1).tolist()):
-        rows[[number, other]] = rows[[other, number]]
-    pivots = rows[:rank]
-    coefficients = torch.linalg.solve(basis[pivots], basis, left=False)  # of all rows in the pivots
+        order[number], order[other] = order[other], order[number]
+    rows = torch.tensor(order, device=up.device)
+    pivots = rows[:rank].clone()
+    coefficients = torch.empty_like(up)  # of all rows in the pivots
+    coefficients[pivots] = torch.eye(rank, dtype=up.dtype, device=up.device)
+    coefficients[rows[rank:]] = torch.linalg.solve_triangular(
+        factors[:rank], factors[rank:], upper=False, left=False, unitriangular=True
+    )
     for _ in range(MOST_EXCHANGES):
         worst = coefficients.abs().argmax()
         row, column = int(worst) // rank, int(worst) % rank

@@ -26,7 +26,8 @@ STEPS = [
     "benchmarks",
     "predictions",
     "tables",
-    "serving",
+    "generation",
+    "compression",
 ]
 
 
@@ -48,7 +49,7 @@ def test_a_dry_run_takes_every_step_and_measures_every_provider(tmp_path):
     found = {(row["op"], row["provider"]) for row in rows}
     assert found == {(op, provider) for op, spec in OPS.items() for provider in spec.providers}
     assert {row["status"] for row in rows} == {"ok", "missing"}
-    assert {"kernels.md", "kernels.log", "tests.log", "checks.log", "serving.log"} <= {*names}
+    assert {"kernels.md", "kernels.log", "tests.log", "checks.log", "models.log"} <= {*names}
     assert "Predicted, not measured" in (tmp_path / "kernels.log").read_text()
     assert re.search(r"test_cuda\.py: \d+", (tmp_path / "tests.log").read_text())
 

@@ -22,7 +22,7 @@ from benchmarks.shapes import MODELS, Case, Grid
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPUS = {"quack", "flash_muon"}
 MOST_TOKENS = {"ours_skinny": 2}
-CEILINGS = ("copy_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
+CEILINGS = ("copy_gbs", "read_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
 EVERY_LAYER = MODELS["tiny"]
 QUICK = ("--shapes", "tiny", "--keep", "0.5", "--seq-len", "8", "--seconds", "0", "--sets", "1", "--device", "cpu")
 
