@@ -23,14 +23,16 @@ def matmuls(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
     stored = torch.float32 if finishes and tiles.interpreted_bf16(x) else x.dtype  # it truncates to bfloat16
     y = x.new_empty(len(x), layout.out_width, dtype=stored)
     sums = x.new_empty(len(x), layout.sums_width) if finishes else y
-    for p, record in zip(layout.projections, layout.records, strict=True):
-        start, first = record["up_start"], record["sums_start"]
-        z_i, sums_i = z[:, record["z_start"] :][:, : p.pitch], sums[:, first : first + p.rows]
-        up_i = up[start : start + p.rows * p.pitch].view(p.rows, p.pitch)
-        if finishes or bias is None:
-            torch.mm(z_i, up_i.mT, out=sums_i)
+    projections = layout.projections
+    zs, parts = z.split([p.pitch for p in projections], 1), sums.split([p.rows for p in projections], 1)
+    ups = up.split([p.rows * p.pitch for p in projections])
+    biases = (None,) * len(projections) if finishes or bias is None else bias.split([p.d_out for p in projections])
+    for p, z_i, up_i, bias_i, part in zip(projections, zs, ups, biases, parts, strict=True):
+        factor = up_i.view(p.rows, p.pitch).mT
+        if bias_i is None:
+            torch.mm(z_i, factor, out=part)
         else:
-            torch.addmm(bias[record["out_start"] :][: p.d_out], z_i, up_i.mT, out=sums_i)
+            torch.addmm(bias_i, z_i, factor, out=part)
     if finishes:
         finish(y, sums, z, bias, table, layout)
     return y.to(x.dtype)
