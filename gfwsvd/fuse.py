@@ -65,11 +65,12 @@ class GroupedOutput(nn.Module):
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Prepares a compressed model for inference, in place: its low-rank layers run as grouped operations.
+    """Prepares a compressed model for decoding, in place: its low-rank layers run as grouped operations.
 
     Projections of one input (`SIBLINGS`: queries, keys and values, gate and up) share a call, every other low-rank
-    layer has one of its own; on a GPU a call is one launch for up to 64 tokens. On a CPU it is correct but slower than
-    the layers as they were. Dense layers stay. Outputs are equal up to rounding. Afterwards the model can be moved to
+    layer has one of its own; on a GPU a call is two launches for one or two tokens, in `GraphDecoder` best. For longer
+    batches and prompts it is no faster than two matrix products a layer, and on a CPU it is slower than the layers as
+    they were. Dense layers stay. Outputs are equal up to rounding. Afterwards the model can be moved to
     no other device or dtype, and neither trained nor saved; the tensors of its low-rank layers are released.
 
     Returns:
