@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=16, help="evaluation windows")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the evaluation")
     parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
@@ -93,9 +94,10 @@ def main() -> None:
         gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
     )
     about = {"model": name, "evaluation": Path(arguments.evaluation).name, "windows": list(windows.shape)}
-    about["evaluation_dtype"] = "bfloat16"
+    about["evaluation_dtype"] = arguments.dtype
+    dtype = getattr(torch, arguments.dtype)
     if not any(row["method"] == "dense" for row in _rows(arguments.results, about)):
-        row = dense_row(model, windows, track=bar, dtype=torch.bfloat16)
+        row = dense_row(model, windows, track=bar, dtype=dtype)
         record.append(arguments.results, {**row, **about, **made})
     for study in STUDIES:
         if study.name in (arguments.studies or [study.name]) and (arguments.other or not study.other):
@@ -149,7 +151,8 @@ def _run(
         gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar, **options), folder)
     statistics, _ = gfwsvd.load_statistics(folder)
     mine["calibration_sha256"] = statistics.data_sha256
-    for row, report in compressed_rows(model, statistics, wanted, windows, track=bar, dtype=torch.bfloat16):
+    dtype = getattr(torch, arguments.dtype)
+    for row, report in compressed_rows(model, statistics, wanted, windows, track=bar, dtype=dtype):
         chosen = [layer.metrics for layer in report.layers]
         step = wanted[Run(**{key: row[key] for key in Run.__dataclass_fields__})]
         yield {"study": study.name, "step": step, **row, "one_sided": len(chosen) - chosen.count("two-sided"), **mine}
