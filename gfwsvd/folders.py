@@ -122,16 +122,26 @@ def atomic_folder(
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of `folder`, or None when another process has it or there are no locks."""
+    """As `lock_folder`, or None where it cannot be locked."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        return lock_folder(folder)
     except OSError:
         return None
+
+
+def lock_folder(folder: Path) -> int:
+    """A descriptor that holds the lock of `folder` until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: when another process, or another descriptor of this one, has it.
+        OSError: where there is no such folder, or the file system has no locks on folders.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor
 
 

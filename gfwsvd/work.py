@@ -1,0 +1,122 @@
+"""Work in progress on disk: what a long phase has found so far, so that it goes on after any interruption."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import GfwsvdError
+from .folders import lock_folder, read_json, write_text
+
+_ABOUT, _VALUES = "about.json", "values"
+
+
+class Work:
+    """An open folder of work in progress: named states, each of which is on disk whole, as it was, or not at all.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Writes a state, over an earlier one of that name: tensors of any device, and plain JSON values.
+
+        Raises:
+            GfwsvdError: when it cannot be written; the earlier state is then as it was.
+        """
+        file = self._file(name)
+        temporary = file.with_suffix(".tmp")  # the folder is locked: no other process writes here
+        metadata = {_VALUES: json.dumps(dict(values), allow_nan=False)}
+        try:
+            save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, temporary, metadata)
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise GfwsvdError(
+                f"could not keep the work in {self.path}: {error}; what was kept before is there, and the same command "
+                "goes on from it"
+            ) from error
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and values of a state, on the CPU; None where there is none.
+
+        Raises:
+            GfwsvdError: for a file that is not as `save` wrote it.
+        """
+        file = self._file(name)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as reader:
+                values = json.loads((reader.metadata() or {})[_VALUES])
+                return {key: reader.get_tensor(key) for key in reader.keys()}, values  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise GfwsvdError(f"{file} is no state of work in progress ({error}); remove it to do it again") from error
+
+    def discard(self, name: str) -> None:
+        """Removes a state, if there is one."""
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+@contextlib.contextmanager
+def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
+    """A folder for work in progress, made where there is none; no other process can open it until the block ends. It
+    stays, whatever happens; `remove_work` removes it.
+
+    Args:
+        about: plain JSON values, all that the work depends on: work that was begun with others is refused.
+
+    Raises:
+        GfwsvdError: for a folder that another process has open, that holds something else, or that cannot be written.
+    """
+    folder = Path(path).expanduser().resolve()
+    about = json.loads(json.dumps(dict(about), allow_nan=False))  # as it will be read back
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
+    lock = None
+    try:
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
+    except OSError:
+        pass  # a file system without locks on folders
+    try:
+        if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
+            write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
+        elif not (folder / _ABOUT).exists():
+            raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
+        begun = read_json(folder / _ABOUT)
+        if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
+            changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
+            raise GfwsvdError(
+                f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to "
+                "go on, or remove the folder to start anew"
+            )
+        yield Work(folder)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_work(path: str | os.PathLike[str]) -> None:
+    """Removes a folder of work in progress, if it is one."""
+    folder = Path(path).expanduser()
+    if (folder / _ABOUT).exists():
+        shutil.rmtree(folder)
