@@ -10,8 +10,8 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def statistics_bytes(d_in: int, d_out: int, *, sweeps: int = 1) -> int:
-    """The most that the statistics of one layer take while a pass collects them: two moments, the Kronecker factors that
-    come about and, from the second sweep on, those before, the sketch's probes, and a product on its way to a sum."""
+    """The most that the statistics of one layer take while a pass collects them: two moments, the new Kronecker factors
+    and, from the second sweep on, those before, the sketch's probes, and a product on its way to a sum."""
     squares = d_in**2 + d_out**2
     matrices = squares * (2 if sweeps == 1 else 3) + max(d_in, d_out) ** 2
     return _FLOAT * (matrices + 2 * PROBES * (d_in + d_out))
@@ -20,7 +20,7 @@ def statistics_bytes(d_in: int, d_out: int, *, sweeps: int = 1) -> int:
 def layer_groups(
     sizes: Mapping[str, tuple[int, int]], leaders: Mapping[str, str], budget: int | None, *, sweeps: int = 1
 ) -> list[list[str]]:
-    """The layers, in their order, in groups whose statistics fit into `budget` bytes; layers of one input stay together.
+    """The layers, in order, in groups whose statistics fit into `budget` bytes; layers of one input stay together.
 
     Args:
         sizes: (d_in, d_out) of each layer.
