@@ -56,8 +56,9 @@ $(MARK): pyproject.toml requirements/dev.txt requirements/models.txt
 demo: $(MARK)
 	@$(RUN) -m benchmarks.demo
 
+# Tests run in as many processes as there are cores, of one thread each: their matrices are small.
 test: $(MARK)
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # vLLM wants other versions than the suite. torch goes first here too, the rest as listed, without a resolver.
 $(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/models.txt

@@ -4,21 +4,30 @@ from collections.abc import Mapping, Sequence
 
 from .errors import GfwsvdError
 from .kronecker import PROBES
+from .statistics import HELDOUT_TOKENS
 
-_FLOAT = 4  # bytes
+_FLOAT, _HALF = 4, 2  # bytes
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def statistics_bytes(d_in: int, d_out: int, *, sweeps: int = 1) -> int:
+def statistics_bytes(d_in: int, d_out: int, *, sweeps: int = 1, on_host: bool = True) -> int:
     """The most that the statistics of one layer take while a pass collects them: two moments, the new Kronecker factors
-    and, from the second sweep on, those before, the sketch's probes, and a product on its way to a sum."""
+    and, from the second sweep on, those before, a product on its way to a sum, the sketch's probes, held-out tokens; on
+    the host also the triangles on their way to a file, which a GPU hands over one by one."""
     squares = d_in**2 + d_out**2
-    matrices = squares * (2 if sweeps == 1 else 3) + max(d_in, d_out) ** 2
-    return _FLOAT * (matrices + 2 * PROBES * (d_in + d_out))
+    matrices = squares * (2 if sweeps == 1 else 3)
+    matrices += matrices // 2 if on_host else 0
+    matrices += max(d_in, d_out) ** 2
+    return _FLOAT * (matrices + 2 * PROBES * (d_in + d_out)) + _HALF * HELDOUT_TOKENS * (d_in + d_out)
 
 
 def layer_groups(
-    sizes: Mapping[str, tuple[int, int]], leaders: Mapping[str, str], budget: int | None, *, sweeps: int = 1
+    sizes: Mapping[str, tuple[int, int]],
+    leaders: Mapping[str, str],
+    budget: int | None,
+    *,
+    sweeps: int = 1,
+    on_host: bool = True,
 ) -> list[list[str]]:
     """The layers, in order, in groups whose statistics fit into `budget` bytes; layers of one input stay together.
 
@@ -36,7 +45,7 @@ def layer_groups(
     groups: list[list[str]] = []
     room = 0
     for family in families.values():
-        needed = sum(statistics_bytes(*sizes[name], sweeps=sweeps) for name in family)
+        needed = sum(statistics_bytes(*sizes[name], sweeps=sweeps, on_host=on_host) for name in family)
         if budget is not None and needed > budget:
             raise GfwsvdError(
                 f"the statistics of {_names(family)} take {bytes_text(needed)}, {bytes_text(budget)} are left for "

@@ -8,6 +8,8 @@ sweep is one pass over the data that updates both from the previous pair.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step
 
 from .metrics import inner, kronecker_residual, multiply, norm
+from .ranked import add_up, gathered, summed
 from .statistics import (
     LayerStatistics,
     add_parts,
@@ -27,6 +30,7 @@ from .statistics import (
 )
 
 PROBES = 32  # of the sketch that estimates the Kronecker fit residual
+_PLAIN = ("num_tokens", "renewed_at", "trace", "squared_parts", "scales")  # numbers of a sweep's state
 
 
 class Sweep:
@@ -45,7 +49,7 @@ class Sweep:
         self.trace = 0.0
         self.squared_parts: dict[str, float] = {}
         self.scales: tuple[float, ...] = ()  # bring token weights near one, which half-precision operands need
-        self.sketch = _Sketch(stats, sketch_seed) if sketch_seed is not None else None
+        self.sketch = Sketch(stats, sketch_seed) if sketch_seed is not None else None
 
     def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
         """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,)."""
@@ -80,7 +84,41 @@ class Sweep:
             add_parts(self.squared_parts, name, gram_parts(rows, cu_seqlens, weight * scale))
         self.trace += (squared_norms(x).double() @ squared_norms(g).double()).item()
 
-    def finish(self) -> "_Sketch | None":
+    def merge(self) -> None:
+        """Adds up what the processes of a job accumulated, each from samples of its own."""
+        common = gathered(self.scales)[0]
+        for factor, name, ours, theirs in zip(
+            (self.left, self.right), self.squared_parts, self.scales, common, strict=False
+        ):
+            factor *= theirs / ours  # powers of two
+            self.squared_parts[name] *= (theirs / ours) ** 2
+        self.scales = common
+        numbers = summed({"trace": self.trace, **self.squared_parts})
+        self.trace, self.squared_parts = numbers.pop("trace"), numbers
+        sketched = [] if self.sketch is None else [self.sketch.total]
+        add_up(tensor for tensor in (self.left, self.right, *sketched) if tensor is not None)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values by which `restore` makes another sweep of the layer go on from here."""
+        tensors = {"left": self.left, "right": self.right}
+        if self.online:
+            tensors |= {"weigh_left": self.weigh_left, "weigh_right": self.weigh_right}
+        if self.sketch is not None:
+            tensors["sketch"] = self.sketch.total
+        values = {name: getattr(self, name) for name in _PLAIN}
+        return {name: value for name, value in tensors.items() if value is not None}, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Goes on from the `state` of a sweep of the same settings."""
+        self.left, self.right = tensors.get("left"), tensors.get("right")
+        if self.online:
+            self.weigh_left, self.weigh_right = tensors.get("weigh_left"), tensors.get("weigh_right")
+        if self.sketch is not None:
+            self.sketch.total = tensors["sketch"]
+        for name in _PLAIN:
+            setattr(self, name, values[name])
+
+    def finish(self) -> "Sketch | None":
         """Makes the accumulated factors the layer's; returns the sketch, whose fit the last sweep's factors decide."""
         stats = self.stats
         if self.left is None or self.right is None:
@@ -140,10 +178,11 @@ def _sample_parts(g: Tensor, x: Tensor, metric: Tensor | None, offsets: Tensor) 
     return total
 
 
-class _Sketch:
+class Sketch:
     """`sum_i (v'_kᵀ G_i u_j)(v_kᵀ G_i u'_j)` for Gaussian probes u, u', v, v': see `metrics.kronecker_residual`."""
 
     def __init__(self, stats: LayerStatistics, seed: int) -> None:
+        """Probes are drawn by `seed`."""
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(2, stats.d_in, PROBES, generator=generator)
         self.outputs = torch.randn(2, stats.d_out, PROBES, generator=generator)

@@ -1,6 +1,6 @@
 """This process among those of a job started by `torchrun`: what each does of the work, and how sums come together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,13 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             _together(dist.all_reduce, tensor)
+
+
+def summed(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The sums of numbers over all ranks, which have the same names in the same order."""
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    add_up([total])
+    return {name: type(number)(value) for (name, number), value in zip(numbers.items(), total.tolist(), strict=True)}
 
 
 def send(tensor: Tensor, owner: int) -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 from gfwsvd_kernels import gram_accumulate
 
 from .metrics import norm
+from .ranked import add_up, summed
 
 UNITS = ("token", "sequence", "batch")
 LABELS = ("empirical", "sampled")
+HELDOUT_TOKENS = 512  # most tokens of a layer to keep of sequences that are held out
 _PROBES = 8  # by which the squared norms of the parts of a sum are estimated
 
 
@@ -61,6 +63,16 @@ class LayerStatistics:
     squared_parts: dict[str, float] = field(default_factory=dict)
     heldout_x: Tensor | None = None
     heldout_g: Tensor | None = None
+
+    def merge(self) -> None:
+        """Adds up what the processes of a job accumulated, each from samples of its own and of the same gradient scale:
+        all but the Kronecker factors."""
+        counts = summed({"num_tokens": self.num_tokens, "num_parts": self.num_parts})
+        self.num_tokens, self.num_parts = int(counts["num_tokens"]), int(counts["num_parts"])
+        moments = ("input_moment", "output_moment")
+        self.squared_parts |= summed({name: self.squared_parts[name] for name in moments if name in self.squared_parts})
+        sums = (self.input_moment, self.input_abs, self.output_moment, self.fisher_rows)
+        add_up(value for value in sums if value is not None)
 
     def noise(self, matrix: str) -> float | None:
         """The share of the squared norm of a matrix that is chance: the variance of a sum of independent parts.

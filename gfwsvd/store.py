@@ -1,20 +1,17 @@
 """The statistics directory: what calibration collected, to be reused for other methods and ratios.
 
-It holds `statistics.json` (settings, digests of model, data, tensors and itself, the numbers of each layer) and
-`statistics.safetensors`: symmetric matrices as packed lower triangles, row by row, and vectors, float32; tokens held
-out, bfloat16.
+It holds `statistics.json` (settings, digests of model, data, files and itself, the numbers of each layer) and
+`statistics-*.safetensors`, read layer by layer where they are needed: see `packed.py`.
 """
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from .calibration import Statistics
 from .errors import GfwsvdError
@@ -28,29 +25,14 @@ from .folders import (
     sha256_file,
     write_json,
 )
+from .packed import TENSORS, StoredLayer, check_entry, pack_layers
 from .statistics import LayerStatistics
 
-STATISTICS_VERSION = 2
-JSON_NAME, TENSORS_NAME = "statistics.json", "statistics.safetensors"
+STATISTICS_VERSION = 3
+JSON_NAME = "statistics.json"
+_SHARD_BYTES = 4 << 30
 
-_TRIANGLES = {"input_moment": "d_in", "output_moment": "d_out", "left": "d_out", "right": "d_in"}
-_VECTORS = {"input_abs": "d_in", "fisher_rows": "d_out"}
-_ROWS = {"heldout_x": "d_in", "heldout_g": "d_out"}
-_TENSORS = _TRIANGLES | _VECTORS | _ROWS
 _PLAIN = [field.name for field in fields(Statistics) if field.name not in ("layers", "collected")]
-_NUMBERS = [field.name for field in fields(LayerStatistics) if field.name not in _TENSORS]
-
-
-def pack(lower: Tensor) -> Tensor:
-    """The lower triangle of (D, D), row by row, (D (D + 1) / 2,)."""
-    return lower[torch.ones_like(lower, dtype=torch.bool).tril_()]
-
-
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """The lower triangle (size, size) that `pack` packed, zeros above the diagonal."""
-    lower = packed.new_zeros(size, size)
-    lower[torch.ones_like(lower, dtype=torch.bool).tril_()] = packed
-    return lower
 
 
 def save_statistics(
@@ -60,7 +42,8 @@ def save_statistics(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a statistics directory; it appears whole or not at all.
+    """Writes a statistics directory; it appears whole or not at all. Layers that lie in files are not read: the files
+    are linked, or copied.
 
     Args:
         provenance: plain JSON values to keep beside, for people: names of model and text, for instance.
@@ -69,32 +52,64 @@ def save_statistics(
     Raises:
         GfwsvdError: when the directory cannot be written, or exists and `overwrite` is off.
     """
-    owners: dict[int, str] = {}  # layers that share a tensor: the first one stores it
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for name, stats in statistics.layers.items():
-        stored = {}
-        for field in _TENSORS:
-            if (value := getattr(stats, field)) is not None:
-                key = stored[field] = owners.setdefault(id(value), f"{name}.{field}")
-                if key not in tensors:
-                    tensors[key] = (pack(value) if field in _TRIANGLES else value).cpu().contiguous()
-        layers[name] = {**{number: getattr(stats, number) for number in _NUMBERS}, "tensors": stored}
+    shards = list(_shards(statistics.layers))
     with atomic_folder(directory, overwrite=overwrite, marker=JSON_NAME) as folder:
-        save_file(tensors, folder / TENSORS_NAME)
+        digests: dict[str, str] = {}
+        layers: dict[str, Any] = {}
+        for number, names in enumerate(shards, start=1):
+            file = folder / f"statistics-{number:05}-of-{len(shards):05}.safetensors"
+            entries = _write_shard(file, {name: statistics.layers[name] for name in names})
+            digests[file.name] = sha256_file(file)
+            layers |= {name: {**entry, "file": file.name} for name, entry in entries.items()}
         described = {
             "statistics_version": STATISTICS_VERSION,
             "collected": sorted(statistics.collected),
             **{name: getattr(statistics, name) for name in _PLAIN},
             "provenance": dict(provenance or {}),
-            "sha256": {TENSORS_NAME: sha256_file(folder / TENSORS_NAME)},
+            "sha256": digests,
             "layers": layers,
         }
         write_json(folder / JSON_NAME, sealed(described))
 
 
+def _shards(layers: Mapping[str, LayerStatistics]) -> Iterator[list[str]]:
+    """Names of the layers that share a file: those that do now, others by size; layers of one input are together."""
+    shard: list[str] = []
+    source, seen, size = None, set(), 0
+    for name, stats in layers.items():
+        if isinstance(stats, StoredLayer):
+            begins, source = stats.file != source, stats.file
+        else:
+            values = [value for field in TENSORS if (value := getattr(stats, field)) is not None]
+            new = [value for value in values if id(value) not in seen]
+            size += sum(value.nbytes // 2 if value.dim() == 2 else value.nbytes for value in new)
+            begins = source is not None or size > _SHARD_BYTES and len(new) == len(values)
+            source = None
+            seen |= {id(value) for value in new}
+        if begins and shard:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+    yield shard
+
+
+def _write_shard(file: Path, layers: Mapping[str, LayerStatistics]) -> dict[str, Any]:
+    """The entries of the layers, whose tensors are then in `file`."""
+    first = next(iter(layers.values()), None)
+    if isinstance(first, StoredLayer):
+        try:
+            os.link(first.file, file)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(first.file, file)
+        return {name: dict(stats.entry) for name, stats in layers.items() if isinstance(stats, StoredLayer)}
+    tensors, entries = pack_layers(layers)
+    save_file(tensors, file)
+    return entries
+
+
 def load_statistics(directory: str | os.PathLike[str]) -> tuple[Statistics, dict[str, Any]]:
-    """The statistics of a directory and the provenance kept beside them.
+    """The statistics of a directory and the provenance kept beside them. The tensors of a layer are read when they are
+    asked for, so that statistics may be larger than memory.
 
     Whether they belong to a model is checked where they meet it, by `compress`.
 
@@ -109,35 +124,20 @@ def load_statistics(directory: str | os.PathLike[str]) -> tuple[Statistics, dict
             f"{described.get('statistics_version')!r}; calibrate again"
         )
     check_seal(folder / JSON_NAME, described)
-    read_headers([folder / TENSORS_NAME])
     try:
-        check_digests(folder, {TENSORS_NAME: described["sha256"][TENSORS_NAME]})
-        tensors = load_file(folder / TENSORS_NAME)
-        shared: dict[str, Tensor] = {}
-        layers = {
-            name: LayerStatistics(
-                **{number: entry[number] for number in _NUMBERS}
-                | {field: _restore(key, field, entry, tensors, shared) for field, key in entry["tensors"].items()}
-            )
-            for name, entry in described["layers"].items()
-        }
+        digests = dict(described["sha256"])
+        files = {name: folder / name for name in digests if name == Path(name).name}
+        headers = {name: read_headers([file]) for name, file in files.items()}
+        check_digests(folder, {name: digests[name] for name in files})
+        layers: dict[str, LayerStatistics] = {}
+        for name, entry in described["layers"].items():
+            check_entry(name, entry, headers[entry["file"]])
+            layers[name] = StoredLayer(files[entry["file"]], entry)
         plain = {name: described[name] for name in _PLAIN}
         plain |= {name: tuple(plain[name]) for name in ("unreached", "seconds")}
         return Statistics(layers, frozenset(described["collected"]), **plain), described["provenance"]
-    except (KeyError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GfwsvdError(
             f"{folder / JSON_NAME} does not describe the tensors beside it ({type(error).__name__}: {error}); the "
             f"directory was changed: calibrate again"
         ) from error
-
-
-def _restore(
-    key: str, field: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: dict[str, Tensor]
-) -> Tensor:
-    if key not in shared:
-        value = tensors[key]
-        shared[key] = unpack(value, entry[_TRIANGLES[field]]) if field in _TRIANGLES else value
-    size = entry[_TENSORS[field]]
-    if shared[key].shape[-1] != size or not torch.isfinite(shared[key]).all():
-        raise GfwsvdError(f"{TENSORS_NAME}: {key} should be finite and of size {size}; calibrate again")
-    return shared[key]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import ranked
 from .errors import GfwsvdError
 from .folders import lock_folder, read_json, write_text
 
@@ -34,7 +35,7 @@ class Work:
         Raises:
             GfwsvdError: when it cannot be written; the earlier state is then as it was.
         """
-        file = self._file(name)
+        file = self.file(name)
         temporary = file.with_suffix(".tmp")  # the folder is locked: no other process writes here
         metadata = {_VALUES: json.dumps(dict(values), allow_nan=False)}
         try:
@@ -55,28 +56,46 @@ class Work:
         Raises:
             GfwsvdError: for a file that is not as `save` wrote it.
         """
-        file = self._file(name)
-        if not file.exists():
+        if not self.has(name):
             return None
-        try:
-            with safe_open(file, framework="pt") as reader:
-                values = json.loads((reader.metadata() or {})[_VALUES])
-                return {key: reader.get_tensor(key) for key in reader.keys()}, values  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise GfwsvdError(f"{file} is no state of work in progress ({error}); remove it to do it again") from error
+        with self._reader(name) as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}, _values(reader)  # noqa: SIM118
+
+    def values(self, name: str) -> dict[str, Any]:
+        """The values of a state that is there; GfwsvdError as `load`."""
+        with self._reader(name) as reader:
+            return _values(reader)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a state of that name."""
+        return self.file(name).exists()
 
     def discard(self, name: str) -> None:
         """Removes a state, if there is one."""
-        self._file(name).unlink(missing_ok=True)
+        self.file(name).unlink(missing_ok=True)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where a state lies."""
         return self.path / f"{name}.safetensors"
+
+    @contextlib.contextmanager
+    def _reader(self, name: str) -> Iterator[Any]:
+        file = self.file(name)
+        try:
+            with safe_open(file, framework="pt") as reader:
+                yield reader
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise GfwsvdError(f"{file} is no state of work in progress ({error}); remove it to do it again") from error
+
+
+def _values(reader: Any) -> dict[str, Any]:
+    return json.loads((reader.metadata() or {})[_VALUES])
 
 
 @contextlib.contextmanager
 def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
     """A folder for work in progress, made where there is none; no other process can open it until the block ends. It
-    stays, whatever happens; `remove_work` removes it.
+    stays, whatever happens; `remove_work` removes it. The processes of one job share it.
 
     Args:
         about: plain JSON values, all that the work depends on: work that was begun with others is refused.
@@ -85,34 +104,51 @@ def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterato
         GfwsvdError: for a folder that another process has open, that holds something else, or that cannot be written.
     """
     folder = Path(path).expanduser().resolve()
-    about = json.loads(json.dumps(dict(about), allow_nan=False))  # as it will be read back
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
     lock = None
     try:
-        lock = lock_folder(folder)
-    except BlockingIOError as error:
-        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
-    except OSError:
-        pass  # a file system without locks on folders
-    try:
-        if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
-            write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
-        elif not (folder / _ABOUT).exists():
-            raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
-        begun = read_json(folder / _ABOUT)
-        if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
-            changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
-            raise GfwsvdError(
-                f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to "
-                "go on, or remove the folder to start anew"
-            )
+        refusal = None
+        if ranked.rank() == 0:
+            try:
+                lock = _claim(folder)
+                about = {**about, "processes": ranked.world_size()}
+                _check_about(folder, json.loads(json.dumps(about, allow_nan=False)))  # as it will be read back
+            except GfwsvdError as error:
+                refusal = str(error)
+        refusal = ranked.gathered(refusal)[0]
+        if refusal is not None:
+            raise GfwsvdError(refusal)
         yield Work(folder)
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _claim(folder: Path) -> int | None:
+    """Makes and locks a folder; None on a file system without locks on folders."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
+    try:
+        return lock_folder(folder)
+    except BlockingIOError as error:
+        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
+    except OSError:
+        return None
+
+
+def _check_about(folder: Path, about: Mapping[str, Any]) -> None:
+    if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
+        write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
+    elif not (folder / _ABOUT).exists():
+        raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
+    begun = read_json(folder / _ABOUT)
+    if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
+        changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
+        raise GfwsvdError(
+            f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to go "
+            "on, or remove the folder to start anew"
+        )
 
 
 def remove_work(path: str | os.PathLike[str]) -> None:

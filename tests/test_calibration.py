@@ -7,7 +7,7 @@ import torch
 from oracles import gradients_per_token, nan_above, power_sweeps, symmetric
 from torch import nn
 
-from gfwsvd import calibration
+from gfwsvd import collector, kronecker
 from gfwsvd.calibration import calibrate, data_sha256
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.layers import find_linears
@@ -539,10 +539,10 @@ def test_an_interruption_leaves_the_model_as_it_was(where, monkeypatch):
                 raise KeyboardInterrupt
 
     if where == "forward":
-        original = calibration._Collector._see_input
-        monkeypatch.setattr(calibration._Collector, "_see_input", lambda *a: interrupted() or original(*a))
+        original = collector.Collector._see_input
+        monkeypatch.setattr(collector.Collector, "_see_input", lambda *a: interrupted() or original(*a))
     if where == "backward":
-        monkeypatch.setattr(calibration.Sweep, "accumulate", interrupted)
+        monkeypatch.setattr(kronecker.Sweep, "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, _batches(random_tokens(4, 5), 1), track=track)
     _assert_untouched(model, before)
@@ -550,14 +550,14 @@ def test_an_interruption_leaves_the_model_as_it_was(where, monkeypatch):
 
 def test_no_scaled_gradient_outlives_its_layer(monkeypatch):
     references, most = [], []
-    original = calibration.Sweep.accumulate
+    original = kronecker.Sweep.accumulate
 
     def accumulate(self, x, g, cu_seqlens):
         most.append(len({t.data_ptr() for t in (reference() for reference in references) if t is not None}))
         references.append(weakref.ref(g))
         original(self, x, g, cu_seqlens)
 
-    monkeypatch.setattr(calibration.Sweep, "accumulate", accumulate)
+    monkeypatch.setattr(kronecker.Sweep, "accumulate", accumulate)
     calibrate(tiny_model("llama"), _batches(random_tokens(4, 5), 2), sweeps=2)
     assert len(references) == 2 * 2 * 14
     assert max(most) == 0 and not any(reference() is not None for reference in references)
@@ -679,7 +679,7 @@ def test_only_lower_triangles_count():
     model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj"
     batches = _batches(random_tokens(4, 6), 2)
     plain = calibrate(tiny_model("llama"), batches, sweeps=2).layers[name]
-    finish = calibration.Sweep.finish
+    finish = kronecker.Sweep.finish
 
     def finish_with_nan(self):
         sketch = finish(self)
@@ -687,7 +687,7 @@ def test_only_lower_triangles_count():
         return sketch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration.Sweep, "finish", finish_with_nan)
+        patch.setattr(kronecker.Sweep, "finish", finish_with_nan)
         found = calibrate(model, batches, sweeps=2).layers[name]
     torch.testing.assert_close(symmetric(found.left), symmetric(plain.left), rtol=0, atol=1e-7)
     assert found.kronecker_residual == pytest.approx(plain.kronecker_residual, rel=1e-5)

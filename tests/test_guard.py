@@ -5,7 +5,7 @@ import torch
 from oracles import gradients_per_token
 from torch import nn
 
-from gfwsvd import calibration, guard
+from gfwsvd import collector, guard
 from gfwsvd.calibration import calibrate
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
@@ -133,7 +133,7 @@ def test_held_out_sequences_are_in_no_sum_and_the_same_for_any_split_into_batche
 
 
 def test_one_sequence_of_sixteen_is_held_out_where_gradients_are_collected(monkeypatch):
-    monkeypatch.setattr(calibration, "HELDOUT_TOKENS", 5)
+    monkeypatch.setattr(collector, "HELDOUT_TOKENS", 5)
     batches = [{"input_ids": random_tokens(32, 8)}]
     found = calibrate(tiny_model("llama"), batches)
     assert found.num_heldout == 2

@@ -5,15 +5,18 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import gfwsvd
 from gfwsvd import store
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.folders import sealed
-from gfwsvd.store import JSON_NAME, TENSORS_NAME, load_statistics, pack, save_statistics, unpack
+from gfwsvd.packed import pack, unpack
+from gfwsvd.store import JSON_NAME, load_statistics, save_statistics
 from tiny_models import random_tokens, tiny_model
 
 ROWS = ("heldout_x", "heldout_g")
+TENSORS_NAME = "statistics-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,38 @@ def test_loaded_statistics_equal_the_collected_ones(folder, statistics):
 
 
 def test_a_shared_input_moment_is_stored_once(folder, statistics):
-    names = [name for name in statistics.layers if name.startswith("model.layers.0.self_attn")]
-    moments = {id(load_statistics(folder)[0].layers[name].input_moment) for name in names}
-    assert len(names) == 4 and len(moments) == 4  # four separate loads
-    loaded = load_statistics(folder)[0].layers
-    query, key, value, output = (loaded[name].input_moment for name in names)
-    assert query is key is value and output is not query
+    with safe_open(folder / TENSORS_NAME, framework="pt") as reader:
+        moments = sorted(key for key in reader.keys() if key.endswith(".input_moment"))  # noqa: SIM118
+    inputs = {id(stats.input_moment) for stats in statistics.layers.values()}
+    assert len(moments) == len(inputs) < len(statistics.layers)
+    assert "model.layers.0.self_attn.q_proj.input_moment" in moments
+    assert "model.layers.0.self_attn.k_proj.input_moment" not in moments
+
+
+def test_layers_of_large_statistics_are_spread_over_files(tmp_path, statistics, monkeypatch):
+    monkeypatch.setattr(store, "_SHARD_BYTES", 100_000)
+    save_statistics(statistics, tmp_path / "many")
+    files = sorted(tmp_path.glob("many/*.safetensors"))
+    assert len(files) > 3 and max(file.stat().st_size for file in files) < 300_000
+    loaded = load_statistics(tmp_path / "many")[0]
+    assert loaded.layers.keys() == statistics.layers.keys()
+    for name, stats in loaded.layers.items():
+        assert torch.equal(stats.input_moment, statistics.layers[name].input_moment.tril()), name
+        assert torch.equal(stats.left, statistics.layers[name].left.tril()), name
+
+
+def test_a_copy_of_loaded_statistics_has_the_same_files(folder, tmp_path):
+    save_statistics(load_statistics(folder)[0], tmp_path / "copy")
+    assert (tmp_path / "copy" / TENSORS_NAME).read_bytes() == (folder / TENSORS_NAME).read_bytes()
+    save_statistics(load_statistics(folder)[0], folder, overwrite=True)
+    assert load_statistics(folder)[0].layers.keys() == load_statistics(tmp_path / "copy")[0].layers.keys()
+
+
+def test_a_file_that_is_gone_since_loading_is_named(folder):
+    loaded = load_statistics(folder)[0]
+    (folder / TENSORS_NAME).unlink()
+    with pytest.raises(GfwsvdError, match=r"cannot read model\.layers\.0.*calibrate again"):
+        _ = next(iter(loaded.layers.values())).left
 
 
 @pytest.mark.parametrize("method", gfwsvd.METHODS)
@@ -134,6 +163,7 @@ def _first_layer(described):
         (_edit(lambda described: described.pop("layers")), "does not describe the tensors"),
         (_edit(lambda described: _first_layer(described).update(d_in=3)), "calibrate again"),
         (_edit(lambda described: described["sha256"].clear()), "does not describe the tensors"),
+        (_edit(lambda described: _first_layer(described).update(file="../elsewhere")), "does not describe the tensors"),
         (_edit(lambda described: described.update(num_losses=0), seal=False), "not what was written there"),
         (_edit(lambda described: _first_layer(described).update(trace="x"), seal=False), "not what was written there"),
         (_edit(lambda described: described["layers"].popitem(), seal=False), "not what was written there"),

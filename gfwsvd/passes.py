@@ -1,0 +1,257 @@
+"""The passes over the data that fill the statistics of a group of layers: they go on where they were interrupted, are
+shared among the processes of a job, and outlive a batch that is not finite or too large for memory."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ranked
+from .collector import Collector, Group, NotFinite, num_rows, split_rows
+from .errors import GfwsvdError
+from .kronecker import Sketch, Sweep
+from .losses import Batch, Loss
+from .methods import KRONECKER
+from .packed import StoredLayer, pack_layers, unpack_layers
+from .statistics import LayerStatistics
+from .track import Track
+from .work import Work
+
+SNAPSHOT_SECONDS = 60.0  # between states of a pass, and at least so many times what writing one takes:
+SNAPSHOT_COST = 20
+SKIPPED_SHARE = 20  # a loss that is NaN or inf costs its batch, up to one sequence of so many
+_PROGRESS = ("number", "rows", "num_losses", "num_sequences", "num_skipped", "seconds", "batch_rows")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the groups of a calibration have in common.
+
+    Attributes:
+        linears, leaders: of all groups; see `calibrate` for leaders.
+        sizes, devices: (d_in, d_out) of each layer, in the model's order, and where its statistics are.
+        start: earlier statistics whose Kronecker factors to go on from, by layer.
+        batches: of this process. `heldout` is the same in all processes.
+        first: the first batch of all.
+        splits: whether batches may be split where memory is short.
+        work: keeps what is done, for all processes.
+    """
+
+    model: nn.Module
+    linears: Mapping[str, nn.Module]
+    leaders: Mapping[str, str]
+    sizes: Mapping[str, tuple[int, int]]
+    devices: Mapping[str, torch.device]
+    start: Mapping[str, LayerStatistics]
+    batches: Sequence[Batch]
+    heldout: Sequence[Batch]
+    first: Batch
+    loss: Loss
+    collect: frozenset[str]
+    settings: Mapping[str, Any]
+    splits: bool
+    work: Work | None
+    track: Track[Batch]
+
+    def complete(self, names: Sequence[str], label: str, title: str) -> Group:
+        """The group of the layers `names` after all its passes. With `work` its tensors are in the file of the state
+        `label`, and are not computed again where they are there already.
+
+        Args:
+            title: of the group, for people, or "".
+        """
+        if self.work is None or not self.work.has(label):
+            group = self._complete(names, label, title)
+            if self.work is None:
+                return group
+            if ranked.rank() == 0:
+                tensors, entries = pack_layers(group.layers)
+                self.work.save(label, tensors, {"entries": entries, "progress": _progress(group)})
+                self.work.discard(f"{label}-passes")
+            ranked.gathered(None)  # now all processes can read it
+            self.work.discard(_own(label))
+        values = self.work.values(label)
+        file = self.work.file(label)
+        return Group({name: StoredLayer(file, e) for name, e in values["entries"].items()}, **values["progress"])
+
+    def _complete(self, names: Sequence[str], label: str, title: str) -> Group:
+        group = self._begun(names, label)
+        while self._active(group):
+            short: str | None = None
+            try:
+                self._run_pass(group, label, title)
+            except torch.OutOfMemoryError as error:
+                short = str(error)  # the error itself would keep the memory of the batch
+            if short is not None:
+                group = self._with_smaller_batches(group, names, label, short)
+        collector = self._collector(group)
+        if self.heldout:
+            parts = split_rows(self.heldout, group.batch_rows)
+            collector.hold_out(self.track(parts, f"held-out tokens{title}"), sum(map(num_rows, self.heldout)))
+        collector.finish()
+        return group
+
+    def _run_pass(self, group: Group, label: str, title: str) -> None:
+        """A sweep of the power iteration where Kronecker factors are wanted; the first pass also takes moments."""
+        passes = self.settings["sweeps"] if KRONECKER in self.collect else 1
+        collector = self._collector(group)
+        if group.number == group.rows == 0 and collector.backward and ranked.rank():
+            collector.settle_scales(self.first)
+        batches = split_rows(self.batches, group.batch_rows, skip=group.rows)
+        if len(group.seconds) == group.number:
+            group.seconds.append(0.0)
+        before, began = group.seconds[-1], time.perf_counter()
+        kept, pause = began, SNAPSHOT_SECONDS
+        for batch in self.track(batches, f"calibration pass {group.number + 1} of {passes}{title}"):
+            try:
+                collector.collect_batch(batch)
+            except NotFinite as error:
+                self._skip(group, batch, error, collector)
+            group.rows += num_rows(batch)
+            now = time.perf_counter()
+            group.seconds[-1] = before + now - began
+            if self.work is not None and now - kept > pause:
+                self.work.save(_own(label), *_state(group, layers=group.number == 0))
+                kept = time.perf_counter()
+                pause = max(SNAPSHOT_SECONDS, SNAPSHOT_COST * (kept - now))
+        if group.number == 0:
+            collector.check_gradients()
+        self._merge(group)
+        for name, sweep in group.sweeps.items():
+            if (sketch := sweep.finish()) is not None:
+                group.sketches[name] = sketch
+        group.number, group.rows, group.sweeps = group.number + 1, 0, {}
+        if self.work is not None:
+            if ranked.rank() == 0:
+                self.work.save(f"{label}-passes", *_state(group, layers=True))
+            ranked.gathered(None)
+        self._begin_pass(group)
+
+    def _active(self, group: Group) -> bool:
+        return bool(group.sweeps) if KRONECKER in self.collect else group.number == 0
+
+    def _begin_pass(self, group: Group) -> None:
+        """Gives the layers that have not converged their next sweep."""
+        if KRONECKER not in self.collect or group.number == self.settings["sweeps"]:
+            return
+        seeds = {name: seed for seed, name in enumerate(self.sizes)}
+        group.sweeps = {
+            name: Sweep(
+                stats,
+                unit=self.settings["unit"],
+                online=self.settings["online"],
+                sketch_seed=None if group.number else seeds[name],
+            )
+            for name, stats in group.layers.items()
+            if not group.number or stats.convergence[-1] > self.settings["tolerance"]
+        }
+
+    def _begun(self, names: Sequence[str], label: str) -> Group:
+        """The group as far as it was kept."""
+        found = None if self.work is None else self.work.load(f"{label}-passes")
+        if found is None:
+            layers = {name: LayerStatistics(*self.sizes[name]) for name in names}
+            for name, stats in layers.items():
+                if name in self.start:
+                    stats.left, stats.right = self.start[name].left, self.start[name].right
+            group = Group(layers)
+        else:
+            group = self._restored(*found)
+        self._begin_pass(group)
+        begun = None if self.work is None else self.work.load(_own(label))
+        if begun is None or begun[1]["progress"]["number"] != group.number:
+            return group
+        tensors, values = begun
+        if group.number == 0:
+            group = self._restored(tensors, values)
+            self._begin_pass(group)
+        vars(group).update(values["progress"])
+        for name, sweep in group.sweeps.items():
+            kept = values["sweeps"][name]
+            own = {key: tensors[f"{name}/{key}"].to(self.devices[name]) for key in kept["tensors"]}
+            sweep.restore(own, kept["values"])
+        return group
+
+    def _restored(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Group:
+        layers = unpack_layers(tensors, values["entries"], self.devices)
+        group = Group(layers, **values["progress"])
+        seeds = {name: seed for seed, name in enumerate(self.sizes)}
+        for name in values["sketches"]:
+            group.sketches[name] = Sketch(layers[name], seeds[name])
+            group.sketches[name].total = tensors[f"{name}/sketched"]
+        return group
+
+    def _skip(self, group: Group, batch: Batch, error: NotFinite, collector: Collector) -> None:
+        if group.number:
+            return
+        group.num_skipped += num_rows(batch)
+        total = sum(map(num_rows, self.batches))
+        if not collector.backward or group.num_skipped * SKIPPED_SHARE > total:
+            raise GfwsvdError(
+                f"{error} ({group.num_skipped} of {total} sequences have such values, at most one of {SKIPPED_SHARE} "
+                "may be skipped)"
+            ) from error
+        warnings.warn(f"{error}; {num_rows(batch)} sequences are left out", stacklevel=2)
+
+    def _with_smaller_batches(self, group: Group, names: Sequence[str], label: str, error: str) -> Group:
+        """The group as it was at the last state, or at the start of the pass, with batches of half the size."""
+        rows = max(num_rows(batch) for batch in split_rows(self.batches, group.batch_rows))
+        if rows == 1 or not self.splits:
+            raise GfwsvdError(
+                f"out of memory with {rows} sequences in a batch{'' if self.splits else ', which belong together'}: "
+                f"take fewer or shorter ones, or a device memory budget ({error.splitlines()[0]})"
+            )
+        warnings.warn(f"out of memory with batches of {rows} sequences: going on with {rows // 2}", stacklevel=2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.work is not None or group.number == 0:
+            group = self._begun(names, label)
+        else:
+            group.rows = 0
+            self._begin_pass(group)
+        group.batch_rows = rows // 2
+        return group
+
+    def _merge(self, group: Group) -> None:
+        """Adds up what all processes of the job have seen in this pass."""
+        if ranked.world_size() == 1:
+            return
+        if group.number == 0:
+            counts = ("num_losses", "num_sequences", "num_skipped")
+            vars(group).update(ranked.summed({name: getattr(group, name) for name in counts}))
+            for stats in group.layers.values():
+                stats.merge()
+        for sweep in group.sweeps.values():
+            sweep.merge()
+
+    def _collector(self, group: Group) -> Collector:
+        return Collector(
+            self.model, self.linears, self.leaders, group, self.loss, collect=self.collect, clip=self.settings["clip"]
+        )
+
+
+def _own(label: str) -> str:
+    """The state of this process within a pass."""
+    return f"{label}-rank-{ranked.rank()}"
+
+
+def _progress(group: Group) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in _PROGRESS}
+
+
+def _state(group: Group, *, layers: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `Passes._begun` makes the group of again; without the layers where an earlier state has them."""
+    tensors, entries = pack_layers(group.layers) if layers else ({}, {})
+    values: dict[str, Any] = {"entries": entries, "progress": _progress(group), "sweeps": {}}
+    values["sketches"] = list(group.sketches) if layers else []
+    for name in values["sketches"]:
+        tensors[f"{name}/sketched"] = group.sketches[name].total
+    for name, sweep in group.sweeps.items():
+        own, plain = sweep.state()
+        tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
+        values["sweeps"][name] = {"tensors": list(own), "values": plain}
+    return tensors, values
