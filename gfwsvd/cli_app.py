@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .errors import GfwsvdError
 from .options import DTYPES
+from .ranked import joined
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +39,17 @@ def mendable(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from error
 
     return guarded
+
+
+def in_job(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that the processes of a job of `torchrun` run together, each on its --device."""
+
+    @functools.wraps(command)
+    def joining(**arguments: Any) -> None:
+        with joined(arguments["device"]):
+            command(**arguments)
+
+    return joining
 
 
 def given_options(context: typer.Context, names: Iterable[str]) -> str:

@@ -13,8 +13,8 @@ from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, calibrate, check_settings
 from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
-from .cli_app import app, check_dtype, given_options, mendable, versions
-from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, compress
+from .cli_app import app, check_dtype, given_options, in_job, mendable, versions
+from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, about_work, compress
 from .errors import GfwsvdError
 from .folders import check_output_file, check_output_folder
 from .latency import LatencyTable
@@ -45,9 +45,11 @@ from .options import (
 )
 from .output import print_values
 from .progress import bar
+from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
 from .texts import text_name
+from .work import open_job_work, remove_work
 
 
 @app.command("calibrate")
@@ -123,6 +125,7 @@ def calibrate_command(
 
 @app.command("compress")
 @mendable
+@in_job
 def compress_command(
     context: typer.Context,
     model: Model,
@@ -173,6 +176,9 @@ def compress_command(
 ) -> None:
     """Write a smaller model: low-rank linear layers in an ordinary transformers folder.
 
+    What is solved is in DIR.work until DIR is written: the same command goes on after an interruption. Started by
+    torchrun, several processes share the layers.
+
     The options from --sequences to --exclude belong to a calibration on --text and are refused with --stats: statistics
     bring their own. Method svd needs neither.
     """
@@ -188,7 +194,7 @@ def compress_command(
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
     if stats is not None:
         _check_no_calibration(context)
-    check_output_folder(out, overwrite=overwrite, marker="config.json")
+    target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     if report is not None:
         check_output_file(report)
     table = None if latency is None else LatencyTable.load(latency)
@@ -200,35 +206,39 @@ def compress_command(
         batches = sources.token_batches(
             sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
         )
-    result = compress(
-        loaded,
-        batches,
-        method=method,
-        keep=keep,
-        ranks=ranks,
-        rank_multiple=rank_multiple,
-        bounds=bounds,
-        latency=table,
-        storage=storage,
-        damping=damping,
-        guard=guard,
-        statistics=statistics,
-        unit=unit,
-        labels=labels,
-        sweeps=sweeps,
-        clip=clip,
-        seed=seed,
-        exclude=exclude,
-        track=bar,
-    )
+    settings: dict[str, Any] = {"method": method, "keep": keep, "damping": damping, "guard": guard, "storage": storage}
+    settings |= {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed, "exclude": exclude}
+    folder = target.with_name(f"{target.name}.work")
+    about = about_work(loaded, batches or (), statistics=statistics, **settings)
+    try:
+        with open_job_work(folder, about) as work:
+            result = compress(
+                loaded,
+                batches,
+                ranks=ranks,
+                rank_multiple=rank_multiple,
+                bounds=bounds,
+                latency=table,
+                statistics=statistics,
+                work=work,
+                track=bar,
+                **settings,
+            )
+    except KeyboardInterrupt:
+        if folder.exists():
+            print(f"gfwsvd: the same command goes on from what is solved in {folder}", file=sys.stderr)
+        raise
     result.provenance |= {"model": name, **provenance, **versions()}
     from .hf import save_pretrained
 
-    save_pretrained(loaded, out, report=result, tokenizer=tokenizer, overwrite=overwrite)
-    if report is not None:
-        from .report import write_report
+    with shared_errors():
+        save_pretrained(loaded, out, report=result, tokenizer=tokenizer, overwrite=overwrite)
+        if rank() == 0:
+            remove_work(folder)
+            if report is not None:
+                from .report import write_report
 
-        write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
+                write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
     print_values(_summary(result, out), json_output)
 
 

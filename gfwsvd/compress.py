@@ -2,119 +2,29 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import pivot
 from .bounds import Bound, bounds_of, check_bounds
-from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, silent
+from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, data_sha256, silent
 from .errors import GfwsvdError
-from .guard import chosen_metrics, judged_decomposition
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, weight_shape
 from .methods import KRONECKER, Method, method_named
-from .metrics import Metric, objective
+from .outcome import CompressionReport as CompressionReport
+from .outcome import LayerReport as LayerReport
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
+from .solve import Built, Solution
+from .spread import build_layers, solve_layers
 from .statistics import LayerStatistics
 from .whiten import check_damping
+from .work import Work
 
 DAMPING = 1e-2
 RANK_MULTIPLE = 8
 _SPECTRUM_POINTS = 64  # of a spectrum in the report
-
-
-@dataclass
-class LayerReport:
-    """What became of one linear layer, and how sound its numbers are.
-
-    Attributes:
-        kind: "lowrank" (two factors), "pivoted" or "dense"; `reason` says why a layer stayed dense, or is stored as two
-            factors where it was to be pivoted.
-        stored, dense: numbers stored now and before, biases aside.
-        predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
-        rounding_loss: what the rounding of the stored numbers to half precision adds to it; None in other dtypes.
-        metrics: which of `guard.CHOICES` the layer was factored by.
-        heldout_losses: objective of each choice by held-out tokens, at the rank of uniform ranks, in nats per token;
-            empty where nothing was compared.
-        damping_left, damping_right: added to the diagonals of the metrics, relative to their means.
-        condition_left, condition_right: of the damped metrics, estimated.
-        convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
-        kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
-        bound: shares of `dense` that it had to store at least and at most; None where nothing was asked.
-        spectrum, spectrum_index: some whitened singular values and their positions, from 0.
-    """
-
-    name: str
-    kind: str
-    d_in: int
-    d_out: int
-    rank: int | None
-    stored: int
-    dense: int
-    predicted_loss: float = 0.0
-    rounding_loss: float | None = None
-    metrics: str = ""
-    heldout_losses: dict[str, float] = field(default_factory=dict)
-    damping_left: float | None = None
-    damping_right: float | None = None
-    condition_left: float | None = None
-    condition_right: float | None = None
-    convergence: float | None = None
-    kronecker_residual: float | None = None
-    reason: str = ""
-    bound: list[float] | None = None
-    spectrum: list[float] = field(default_factory=list)
-    spectrum_index: list[int] = field(default_factory=list)
-
-
-@dataclass
-class CompressionReport:
-    """What a compression did.
-
-    Attributes:
-        keep: asked share of the compressed linear layers' parameters, or with a latency table of their time.
-        kept: achieved `stored / dense` of those layers.
-        stored, dense: parameters of those layers (weights), now and before.
-        model_stored, model_dense: parameters of the whole model, shared ones once.
-        predicts_loss: whether predicted losses are in nats per predicted token.
-        seconds: wall time of the factorisation, calibration aside.
-        provenance: where the numbers come from: calibration data, settings, latency table, versions.
-        time_kept: their time now over that before, as the latency table predicts it; None without one.
-        guard: whether held-out tokens could change the metrics of a layer.
-    """
-
-    method: str
-    keep: float
-    kept: float
-    ranks: str
-    rank_multiple: int
-    storage: str
-    damping: float
-    stored: int
-    dense: int
-    model_stored: int
-    model_dense: int
-    predicts_loss: bool
-    seconds: float
-    layers: list[LayerReport]
-    provenance: dict[str, Any]
-    time_kept: float | None = None
-    guard: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "CompressionReport":
-        """The report of `to_json`'s values; GfwsvdError where they are not one."""
-        try:
-            return cls(**{**values, "layers": [LayerReport(**layer) for layer in values["layers"]]})
-        except (KeyError, TypeError) as error:
-            raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
 
 
 def compress(
@@ -138,9 +48,13 @@ def compress(
     seed: int = 0,
     exclude: Iterable[str] = (),
     loss: Loss | None = None,
+    work: Work | None = None,
     track: Track = silent,
 ) -> CompressionReport:
     """Replaces linear layers of `model`, in place, by low-rank ones; on an error the model keeps all its layers.
+
+    In a job of several processes (`ranked.joined`), each with the same model and arguments, every rank solves a share
+    of the layers, and all end with the same model, to the last bit that of one process with as many threads.
 
     Args:
         batches: calibration data, see `calibrate`; not needed with `statistics`, nor for method "svd".
@@ -160,6 +74,8 @@ def compress(
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
         unit, labels, sweeps, clip, seed, exclude, loss: see `calibrate`.
+        work: of `open_job_work` with `about_work` of these arguments: each layer solved is kept there, and taken from
+            there by a later call. Factors are then on disk, up to 8 bytes for each weight, and not in memory.
         track: wraps long loops to show progress.
 
     Raises:
@@ -199,20 +115,24 @@ def compress(
         )
     began = time.perf_counter()
     linears = _checked_linears(model, statistics, row)
-    solutions = {
-        name: _solve(name, linears[name], statistics, row, keep=keep, damping=damping, guard=guard, blank=blanks[name])
-        for name in track(list(linears), f"{method}: {len(linears)} layers")
-    }
+    spend: dict[str, Any] = {"keep": keep, "ranks": ranks, "rank_multiple": rank_multiple, "cost": cost}
+    allocate({name: blanks[name] for name in linears}, **spend)  # what cannot be is refused before the long part
+    solutions, factors = solve_layers(
+        linears, statistics, row, blanks=blanks, keep=keep, damping=damping, guard=guard, work=work, track=track
+    )
     candidates = {name: solution.candidate for name, solution in solutions.items()}
-    chosen = allocate(candidates, keep=keep, ranks=ranks, rank_multiple=rank_multiple, cost=cost)
+    layers = build_layers(
+        linears,
+        statistics,
+        row,
+        solutions=solutions,
+        factors=factors,
+        ranks=allocate(candidates, **spend),
+        multiple=rank_multiple,
+        cost=cost,
+        track=track,
+    )
     model_dense = _numbers(model)
-    low_rank = [(name, rank) for name, rank in chosen.items() if rank is not None]
-    layers = {
-        name: _low_rank(
-            linears[name], solutions[name], rank, rank_multiple, cost, _metrics(statistics, name, row, solutions[name])
-        )
-        for name, rank in track(low_rank, f"{method}: {len(low_rank)} low-rank layers")
-    }
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
     reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
@@ -253,6 +173,25 @@ def compress(
     )
 
 
+def about_work(
+    model: nn.Module, batches: Iterable[Batch] = (), *, statistics: Statistics | None = None, **settings: Any
+) -> dict[str, Any]:
+    """What the solutions depend on in a `compress` of these arguments, for `open_job_work`.
+
+    Args:
+        batches, statistics: as `compress` takes them; batches are read here too.
+        settings: plain JSON values: `method`, `keep`, `damping`, `guard`, `storage`, and what a calibration depends on.
+    """
+    linears = find_linears(model)
+    return {
+        "model_sha256": fingerprint(linears),
+        "dtypes": sorted({str(dense_weight(module).dtype) for module in linears.values()}),
+        "data_sha256": data_sha256(batches) if statistics is None else statistics.data_sha256,
+        "calibration": None if statistics is None else statistics.settings,
+        **settings,
+    }
+
+
 def _blanks(
     model: nn.Module,
     statistics: Statistics | None,
@@ -261,13 +200,13 @@ def _blanks(
     *,
     pivoted: bool,
 ) -> dict[str, Candidate]:
-    """The layers that will be compressed, before anything is computed: their spectra are empty."""
+    """The layers that will be compressed, before anything is computed: their spectra are zero."""
     if statistics is None:
         shapes = {name: weight_shape(module) for name, module in find_linears(model, exclude=exclude).items()}
     else:
         shapes = {name: (stats.d_out, stats.d_in) for name, stats in statistics.layers.items()}
     limits = bounds_of(shapes, bounds)
-    return {name: Candidate(*shape, torch.empty(0), pivoted, limits[name]) for name, shape in shapes.items()}
+    return {name: Candidate(*shape, torch.zeros(min(shape)), pivoted, limits[name]) for name, shape in shapes.items()}
 
 
 def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> dict[str, nn.Module]:
@@ -292,107 +231,10 @@ def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> d
     return linears
 
 
-class _Solution(NamedTuple):
-    """What is kept of a layer's decomposition until ranks are chosen: at most twice the layer's own size in float32.
-
-    `up` and `down` have the largest rank that stores less than the weight; any lower rank is the first part of them.
-    They are in the weight's dtype, but at least float32 for a pivoted form, which is made of their product.
-    `soundness` holds the report's fields on metrics, damping and condition.
-    """
-
-    candidate: Candidate
-    up: Tensor
-    down: Tensor
-    soundness: dict[str, Any]
-
-
-def _solve(
-    name: str,
-    module: nn.Module,
-    statistics: Statistics,
-    row: Method,
-    *,
-    keep: float,
-    damping: float,
-    guard: bool,
-    blank: Candidate,
-) -> _Solution:
-    weight = dense_weight(module)
-    judged = judged_decomposition(
-        weight,
-        _metrics(statistics, name, row),
-        statistics.layers[name],
-        row,
-        rank=blank.largest_within(int(keep * blank.dense)),
-        damping=damping,
-        guard=guard,
-        name=name,
-    )
-    found = judged.found
-    candidate = replace(blank, spectrum=found.spectrum.cpu())
-    up, down = found.factors(weight, candidate.largest_rank)
-    soundness = {
-        f"{what}_{side}": getattr(root, what)
-        for side, root in (("left", found.left), ("right", found.right))
-        for what in ("damping", "condition")
-    }
-    soundness |= {"metrics": judged.choice, "heldout_losses": judged.losses}
-    dtype = torch.promote_types(weight.dtype, torch.float32) if blank.pivoted else weight.dtype
-    return _Solution(candidate, up.to(dtype), down.to(dtype), soundness)
-
-
-def _metrics(
-    statistics: Statistics, name: str, row: Method, solution: _Solution | None = None
-) -> tuple[Metric, Metric]:
-    """The metrics of a layer, or those that its solution chose."""
-    stats = statistics.layers[name]
-    metrics = row.left(stats, statistics.num_losses), row.right(stats)
-    return metrics if solution is None else chosen_metrics(solution.soundness["metrics"], metrics, stats, row)
-
-
-def _low_rank(
-    module: nn.Module, solution: _Solution, rank: int, multiple: int, cost: Cost, metrics: tuple[Metric, Metric]
-) -> tuple[LowRankLinear, float | None]:
-    """The new layer, and what rounding to half precision adds to its objective (None in other dtypes).
-
-    A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
-    """
-    candidate = solution.candidate
-    layer = _stored_layer(module, solution, rank, pivoted=candidate.pivots(rank))
-    if layer.weight.dtype.itemsize >= 4:
-        return layer, None
-    rounding = _rounding_loss(layer, solution, metrics)
-    lower = candidate.two_factors(rank, multiple, cost)
-    if layer.kind == "pivoted" and lower:
-        tails = candidate.tails()
-        other = _stored_layer(module, solution, lower, pivoted=False)
-        other_rounding = _rounding_loss(other, solution, metrics)
-        if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
-            return other, other_rounding
-    return layer, rounding
-
-
-def _stored_layer(module: nn.Module, solution: _Solution, rank: int, *, pivoted: bool) -> LowRankLinear:
-    weight = cast(Tensor, module.weight)
-    up, down, order = solution.up[:, :rank].clone(), solution.down[:rank].clone(), None
-    if pivoted:
-        form = pivot.pivoted(up, down)
-        up, down, order = form.up, form.down, form.order()
-    bias = cast(Tensor | None, module.bias)
-    layer = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), bias, order)
-    return layer.train(module.training).requires_grad_(weight.requires_grad)
-
-
-def _rounding_loss(layer: LowRankLinear, solution: _Solution, metrics: tuple[Metric, Metric]) -> float:
-    """The objective of what the dtype of the layer makes of its rank: the error of its weight beside the exact one."""
-    exact = solution.up[:, : layer.rank].double() @ solution.down[: layer.rank].double()
-    return objective(layer.product(torch.float64) - exact, *metrics)
-
-
 def _layer_report(
     name: str,
-    solution: _Solution,
-    chosen: tuple[LowRankLinear, float | None] | None,
+    solution: Solution,
+    chosen: Built | None,
     stats: LayerStatistics,
     row: Method,
 ) -> LayerReport:

@@ -25,6 +25,7 @@ from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
 from .layers import LowRankLinear, check_order, is_linear, weight_shape
+from .ranked import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,7 +146,8 @@ def save_pretrained(
     The folder holds safetensors files, config, generation config, tokenizer if given, a model card `README.md` as the
     hub wants it, and the manifest `gfwsvd.json` with the report and a digest of every tensor file; `from_pretrained`
     refuses files that differ from their digest. It appears whole or not at all. The configuration of `model` gets the
-    format section too, so that a later `model.save_pretrained` writes a loadable folder, without manifest.
+    format section too, so that a later `model.save_pretrained` writes a loadable folder, without manifest. Of the ranks
+    of a job, which have the same model, rank 0 writes, and the others do not wait for it.
 
     Args:
         model: a transformers model some of whose linear layers are `LowRankLinear`.
@@ -160,6 +162,9 @@ def save_pretrained(
     """
     details = report.to_json()
     section = _section(model, details)
+    if rank():
+        _set_section(model, section)
+        return
     with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
         _set_section(model, section)
         write_model(model, folder, tokenizer, max_shard_size=max_shard_size)

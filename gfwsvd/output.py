@@ -6,9 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from .ranked import rank
+
 
 def print_values(values: dict[str, Any], json_output: bool) -> None:
-    """One JSON object on one line, or a table of what is not None."""
+    """One JSON object on one line, or a table of what is not None; of the ranks of a job, rank 0 prints."""
+    if rank():
+        return
     if json_output:
         print(json.dumps(values, allow_nan=False))
         return

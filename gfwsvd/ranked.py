@@ -1,6 +1,9 @@
 """This process among those of a job started by `torchrun`: what each does of the work, and how sums come together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +13,41 @@ from torch import Tensor
 from .errors import GfwsvdError
 
 Item = TypeVar("Item")
+
+# A process that ends is noticed at once; one that hangs, after this long. No step of a job is so uneven between ranks.
+PATIENCE = timedelta(minutes=30)
+_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Within it, a process that `torchrun` started works together with the others of its job; any other one is alone.
+
+    Args:
+        device: "cpu" or "cuda"; in a job, each process takes the GPU of its local rank.
+
+    Raises:
+        GfwsvdError: in a job, for a GPU by number, for fewer GPUs than processes, and when the others do not come.
+    """
+    if not os.environ.keys() >= _TORCHRUN:
+        yield
+        return
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number:
+            raise GfwsvdError(f"in a job each process takes a GPU of its own, got device {device}: say cuda")
+        if local >= gpus:
+            raise GfwsvdError(f"a job needs a GPU for each process, got {gpus} for local rank {local}: start fewer")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise GfwsvdError(f"the processes of the job did not come together: {error}; start it by torchrun") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -25,6 +63,33 @@ def world_size() -> int:
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """Every `world_size`-th item, from that of this rank on."""
     return items[rank() :: world_size()]
+
+
+def owners(costs: Mapping[str, float]) -> dict[str, int]:
+    """The rank that does each item, the same on all ranks: the dearest items first, each to whom has least to do."""
+    loads = [0.0] * world_size()
+    found = dict.fromkeys(costs, 0)
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += costs[name]
+    return found
+
+
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """All ranks end the block together; what one of them raises in it, all raise: the others as a GfwsvdError.
+
+    Within the block, no rank may wait for another one.
+    """
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(GfwsvdError):  # the others are gone already
+            gathered(f"{type(error).__name__}: {error}")
+        raise
+    for number, reason in enumerate(gathered(None)):
+        if reason is not None:
+            raise GfwsvdError(f"rank {number} of {world_size()} failed, which ends the job: {reason}")
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

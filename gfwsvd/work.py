@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import ranked
 from .errors import GfwsvdError
 from .folders import lock_folder, read_json, write_text
+from .ranked import rank, shared_errors
 
 _ABOUT, _VALUES = "about.json", "values"
 
@@ -94,8 +94,8 @@ def _values(reader: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
-    """A folder for work in progress, made where there is none; no other process can open it until the block ends. It
-    stays, whatever happens; `remove_work` removes it. The processes of one job share it.
+    """A folder for work in progress, made where there is none; no other process can open it until the block ends. If
+    anything was kept in it, it stays, whatever happens; `remove_work` removes it.
 
     Args:
         about: plain JSON values, all that the work depends on: work that was begun with others is refused.
@@ -104,51 +104,52 @@ def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterato
         GfwsvdError: for a folder that another process has open, that holds something else, or that cannot be written.
     """
     folder = Path(path).expanduser().resolve()
+    about = json.loads(json.dumps(dict(about), allow_nan=False))  # as it will be read back
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
     lock = None
     try:
-        refusal = None
-        if ranked.rank() == 0:
-            try:
-                lock = _claim(folder)
-                about = {**about, "processes": ranked.world_size()}
-                _check_about(folder, json.loads(json.dumps(about, allow_nan=False)))  # as it will be read back
-            except GfwsvdError as error:
-                refusal = str(error)
-        refusal = ranked.gathered(refusal)[0]
-        if refusal is not None:
-            raise GfwsvdError(refusal)
-        yield Work(folder)
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
+    except OSError:
+        pass  # a file system without locks on folders
+    try:
+        if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
+            write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
+        elif not (folder / _ABOUT).exists():
+            raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
+        begun = read_json(folder / _ABOUT)
+        if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
+            changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
+            raise GfwsvdError(
+                f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to "
+                "go on, or remove the folder to start anew"
+            )
+        try:
+            yield Work(folder)
+        finally:
+            if {entry.name for entry in folder.iterdir()} == {_ABOUT}:
+                remove_work(folder)
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _claim(folder: Path) -> int | None:
-    """Makes and locks a folder; None on a file system without locks on folders."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
-    try:
-        return lock_folder(folder)
-    except BlockingIOError as error:
-        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
-    except OSError:
-        return None
+@contextlib.contextmanager
+def open_job_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
+    """As `open_work`, for all ranks of a job at once, which see the same folder: rank 0 holds its lock. Each rank keeps
+    states of names that are its own.
 
-
-def _check_about(folder: Path, about: Mapping[str, Any]) -> None:
-    if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
-        write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
-    elif not (folder / _ABOUT).exists():
-        raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
-    begun = read_json(folder / _ABOUT)
-    if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
-        changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
-        raise GfwsvdError(
-            f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to go "
-            "on, or remove the folder to start anew"
-        )
+    Raises:
+        GfwsvdError: on all ranks, what `open_work` raises on rank 0.
+    """
+    with contextlib.ExitStack() as stack:
+        with shared_errors():
+            work = stack.enter_context(open_work(path, about)) if rank() == 0 else None
+        yield work or Work(Path(path).expanduser().resolve())
 
 
 def remove_work(path: str | os.PathLike[str]) -> None:

@@ -18,7 +18,7 @@ from gfwsvd import passes
 from gfwsvd.calibration import calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.store import save_statistics
-from gfwsvd.work import open_work
+from gfwsvd.work import open_job_work
 from tiny_models import random_tokens, tiny_model
 
 BATCHES = [{"input_ids": random_tokens(1, 12, seed=seed)} for seed in range(11)]
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         for number, settings in enumerate(every_settings):
             print("calibration", number)
-            with open_work(folder / f"work-{number}", settings) as work:
+            with open_job_work(folder / f"work-{number}", settings) as work:
                 found = calibrate(tiny_model("llama"), BATCHES, heldout=1, work=work, track=track, **settings)
                 if rank == 0:
                     save_statistics(found, folder / f"statistics-{number}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfwsvd.calibration import calibrate
+from gfwsvd.calibration import calibrate, silent
 from gfwsvd.compress import CompressionReport, compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.latency import LatencyTable
@@ -309,7 +309,7 @@ class _Failing(LowRankLinear):
 def test_a_failure_leaves_all_layers(failure, statistics, monkeypatch):
     model = tiny_model("llama")
     modules, values = dict(model.named_modules()), {name: value.clone() for name, value in model.state_dict().items()}
-    stats, track = copy.deepcopy(statistics), compress_module.silent
+    stats, track = copy.deepcopy(statistics), silent
     last = "model.layers.1.mlp.down_proj"
     expected = GfwsvdError
     if failure == "metric":
@@ -319,7 +319,7 @@ def test_a_failure_leaves_all_layers(failure, statistics, monkeypatch):
             model.get_submodule(last).weight[1, 1] = values[f"{last}.weight"][1, 1] = torch.inf
         stats.model_sha256 = fingerprint(find_linears(model))
     if failure == "memory":
-        monkeypatch.setattr(compress_module, "LowRankLinear", _Failing)
+        monkeypatch.setattr("gfwsvd.solve.LowRankLinear", _Failing)
         _Failing.made, expected = 0, MemoryError
     if failure == "interrupt":
 

@@ -16,7 +16,6 @@ from gfwsvd.calibration import Statistics, calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.packed import TENSORS
 from gfwsvd.store import load_statistics
-from gfwsvd.work import open_work
 from tiny_models import tiny_model
 
 TESTS = Path(__file__).parent
@@ -90,8 +89,6 @@ def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(t
     for rank in (0, 2):
         assert processes[rank].returncode == 1
         assert "lost touch with the others" in ends[rank][1] and "the same command goes on" in ends[rank][1]
-    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_work(tmp_path / "work-0", settings):
-        pass
     lines = [output.splitlines() for output, _ in _ends(_start(tmp_path, 3, [settings]))]
     assert not any("pass 1" in line for part in lines for line in part)  # which was done
     assert lines[killed][1] == "calibration pass 2 of 2 1"  # of its three batches, two were kept

@@ -1,0 +1,98 @@
+"""What a compression did, layer by layer: the report that is written beside a model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import GfwsvdError
+
+
+@dataclass
+class LayerReport:
+    """What became of one linear layer, and how sound its numbers are.
+
+    Attributes:
+        kind: "lowrank" (two factors), "pivoted" or "dense"; `reason` says why a layer stayed dense, or is stored as two
+            factors where it was to be pivoted.
+        stored, dense: numbers stored now and before, biases aside.
+        predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
+        rounding_loss: what the rounding of the stored numbers to half precision adds to it; None in other dtypes.
+        metrics: which of `guard.CHOICES` the layer was factored by.
+        heldout_losses: objective of each choice by held-out tokens, at the rank of uniform ranks, in nats per token;
+            empty where nothing was compared.
+        damping_left, damping_right: added to the diagonals of the metrics, relative to their means.
+        condition_left, condition_right: of the damped metrics, estimated.
+        convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
+        kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
+        bound: shares of `dense` that it had to store at least and at most; None where nothing was asked.
+        spectrum, spectrum_index: some whitened singular values and their positions, from 0.
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    rank: int | None
+    stored: int
+    dense: int
+    predicted_loss: float = 0.0
+    rounding_loss: float | None = None
+    metrics: str = ""
+    heldout_losses: dict[str, float] = field(default_factory=dict)
+    damping_left: float | None = None
+    damping_right: float | None = None
+    condition_left: float | None = None
+    condition_right: float | None = None
+    convergence: float | None = None
+    kronecker_residual: float | None = None
+    reason: str = ""
+    bound: list[float] | None = None
+    spectrum: list[float] = field(default_factory=list)
+    spectrum_index: list[int] = field(default_factory=list)
+
+
+@dataclass
+class CompressionReport:
+    """What a compression did.
+
+    Attributes:
+        keep: asked share of the compressed linear layers' parameters, or with a latency table of their time.
+        kept: achieved `stored / dense` of those layers.
+        stored, dense: parameters of those layers (weights), now and before.
+        model_stored, model_dense: parameters of the whole model, shared ones once.
+        predicts_loss: whether predicted losses are in nats per predicted token.
+        seconds: wall time of the factorisation, calibration aside.
+        provenance: where the numbers come from: calibration data, settings, latency table, versions.
+        time_kept: their time now over that before, as the latency table predicts it; None without one.
+        guard: whether held-out tokens could change the metrics of a layer.
+    """
+
+    method: str
+    keep: float
+    kept: float
+    ranks: str
+    rank_multiple: int
+    storage: str
+    damping: float
+    stored: int
+    dense: int
+    model_stored: int
+    model_dense: int
+    predicts_loss: bool
+    seconds: float
+    layers: list[LayerReport]
+    provenance: dict[str, Any]
+    time_kept: float | None = None
+    guard: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CompressionReport":
+        """The report of `to_json`'s values; GfwsvdError where they are not one."""
+        try:
+            return cls(**{**values, "layers": [LayerReport(**layer) for layer in values["layers"]]})
+        except (KeyError, TypeError) as error:
+            raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error

@@ -1,0 +1,189 @@
+"""One layer of a compression: its solution, on disk where asked, and the low-rank layer that is made of it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import pivot
+from .calibration import Statistics
+from .errors import GfwsvdError
+from .guard import chosen_metrics, judged_decomposition
+from .layers import LowRankLinear, dense_weight
+from .methods import Method
+from .metrics import Metric, objective
+from .ranks import Candidate, Cost
+from .work import Work
+
+
+class Solution(NamedTuple):
+    """What ranks are chosen by, and the report's fields on metrics, damping and condition."""
+
+    candidate: Candidate
+    soundness: dict[str, Any]
+
+
+# Gives `up (D_OUT, R)` and `down (R, D_IN)` of the largest rank R that stores less than the weight; any lower rank is
+# the first part of them. They are in the weight's dtype, but at least float32 for a pivoted form, which is made of
+# their product: at most twice the layer's own size in float32.
+Factors = Callable[[], tuple[Tensor, Tensor]]
+
+
+class Built(NamedTuple):
+    """A new layer, and what rounding to half precision adds to its objective (None in other dtypes)."""
+
+    layer: LowRankLinear
+    rounding: float | None
+
+
+def solve(
+    name: str,
+    module: nn.Module,
+    statistics: Statistics,
+    row: Method,
+    *,
+    blank: Candidate,
+    work: Work | None,
+    **settings: Any,
+) -> tuple[Solution, Factors]:
+    """Decomposes a layer by the metrics of the method `row`.
+
+    Args:
+        blank: the layer before its spectrum is known.
+        work: where the solution is kept; it is taken from there if statistics of the same numbers left it, and the
+            factors are read when they are asked for.
+        settings: the share `keep` at whose rank the guard compares, and `damping` and `guard` as in `compress`.
+
+    Raises:
+        GfwsvdError: see `factorize.decompose` and `work.Work`.
+    """
+    if work is None:
+        solution, up, down = _solved(name, module, statistics, row, blank=blank, **settings)
+        return solution, lambda: (up, down)
+    key = _key(name, statistics)
+    kept = work.load(f"{key}.spectrum")
+    if kept is None:
+        solution, up, down = _solved(name, module, statistics, row, blank=blank, **settings)
+        work.save(f"{key}.factors", {"up": up, "down": down}, {})
+        spectrum = {"spectrum": solution.candidate.spectrum}
+        work.save(f"{key}.spectrum", spectrum, solution.soundness)  # last: where it is, the factors are
+    else:
+        solution = Solution(replace(blank, spectrum=kept[0]["spectrum"]), kept[1])
+    return solution, _kept_factors(work, key, name, dense_weight(module).device)
+
+
+def _solved(
+    name: str,
+    module: nn.Module,
+    statistics: Statistics,
+    row: Method,
+    *,
+    blank: Candidate,
+    keep: float,
+    damping: float,
+    guard: bool,
+) -> tuple[Solution, Tensor, Tensor]:
+    weight = dense_weight(module)
+    judged = judged_decomposition(
+        weight,
+        metrics_of(statistics, name, row),
+        statistics.layers[name],
+        row,
+        rank=blank.largest_within(int(keep * blank.dense)),
+        damping=damping,
+        guard=guard,
+        name=name,
+    )
+    found = judged.found
+    soundness = {
+        f"{what}_{side}": getattr(root, what)
+        for side, root in (("left", found.left), ("right", found.right))
+        for what in ("damping", "condition")
+    }
+    soundness |= {"metrics": judged.choice, "heldout_losses": judged.losses}
+    dtype = torch.promote_types(weight.dtype, torch.float32) if blank.pivoted else weight.dtype
+    # Contiguous, as a disk gives them back: the last bits of a product depend on the layout.
+    up, down = (factor.to(dtype).contiguous() for factor in found.factors(weight, blank.largest_rank))
+    return Solution(replace(blank, spectrum=found.spectrum.cpu()), soundness), up, down
+
+
+def _key(name: str, statistics: Statistics) -> str:
+    """What the states of a layer are called, by the numbers of its statistics: of others, the last bits differ."""
+    numbers = [value for value in vars(statistics.layers[name]).values() if not isinstance(value, Tensor)]
+    return hashlib.sha256(repr((name, statistics.num_losses, numbers)).encode()).hexdigest()
+
+
+def _kept_factors(work: Work, key: str, name: str, device: torch.device) -> Factors:
+    def factors() -> tuple[Tensor, Tensor]:
+        kept = work.load(f"{key}.factors")
+        if kept is None:
+            raise GfwsvdError(f"the factors of layer {name} are gone from {work.path}; remove it to solve all anew")
+        return kept[0]["up"].to(device), kept[0]["down"].to(device)
+
+    return factors
+
+
+def metrics_of(statistics: Statistics, name: str, row: Method, choice: str | None = None) -> tuple[Metric, Metric]:
+    """The left and right metric of a layer, or what a `choice` of the guard makes of them."""
+    stats = statistics.layers[name]
+    metrics = row.left(stats, statistics.num_losses), row.right(stats)
+    return metrics if choice is None else chosen_metrics(choice, metrics, stats, row)
+
+
+def low_rank(
+    module: nn.Module,
+    candidate: Candidate,
+    factors: tuple[Tensor, Tensor],
+    rank: int,
+    *,
+    multiple: int,
+    cost: Cost,
+    metrics: tuple[Metric, Metric],
+) -> Built:
+    """The layer of `rank` that takes the place of the linear `module`.
+
+    A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
+    """
+    layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank))
+    if layer.weight.dtype.itemsize >= 4:
+        return Built(layer, None)
+    rounding = _rounding_loss(layer, factors, metrics)
+    lower = candidate.two_factors(rank, multiple, cost)
+    if layer.kind == "pivoted" and lower:
+        tails = candidate.tails()
+        other = _stored_layer(module, factors, lower, pivoted=False)
+        other_rounding = _rounding_loss(other, factors, metrics)
+        if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
+            return Built(other, other_rounding)
+    return Built(layer, rounding)
+
+
+def blank_layer(module: nn.Module, rank: int, *, pivoted: bool) -> LowRankLinear:
+    """The layer that takes the place of the linear `module`, before its numbers are known."""
+    weight = dense_weight(module)
+    d_out, d_in = weight.shape
+    options = {"pivoted": pivoted, "bias": module.bias is not None}
+    return _like(module, LowRankLinear(d_in, d_out, rank, **options, device=weight.device, dtype=weight.dtype))
+
+
+def _stored_layer(module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool) -> LowRankLinear:
+    dtype = dense_weight(module).dtype
+    up, down, order = factors[0][:, :rank].clone(), factors[1][:rank].clone(), None
+    if pivoted:
+        form = pivot.pivoted(up, down)
+        up, down, order = form.up, form.down, form.order()
+    bias = cast(Tensor | None, module.bias)
+    return _like(module, LowRankLinear.from_factors(up.to(dtype), down.to(dtype), bias, order))
+
+
+def _like(module: nn.Module, layer: LowRankLinear) -> LowRankLinear:
+    return layer.train(module.training).requires_grad_(cast(Tensor, module.weight).requires_grad)
+
+
+def _rounding_loss(layer: LowRankLinear, factors: tuple[Tensor, Tensor], metrics: tuple[Metric, Metric]) -> float:
+    """The objective of what the dtype of the layer makes of its rank: the error of its weight beside the exact one."""
+    exact = factors[0][:, : layer.rank].double() @ factors[1][: layer.rank].double()
+    return objective(layer.product(torch.float64) - exact, *metrics)

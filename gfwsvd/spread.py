@@ -1,0 +1,102 @@
+"""The layers of a model solved and built by all ranks of a job, each its share: all end with all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .calibration import Statistics, Track
+from .layers import weight_shape
+from .methods import Method
+from .ranked import gathered, owners, rank, send, shared_errors
+from .ranks import Candidate, Cost
+from .solve import Built, Factors, Solution, blank_layer, low_rank, metrics_of, solve
+
+
+def solve_layers(
+    linears: Mapping[str, nn.Module],
+    statistics: Statistics,
+    row: Method,
+    *,
+    blanks: Mapping[str, Candidate],
+    track: Track,
+    **settings: Any,
+) -> tuple[dict[str, Solution], dict[str, Factors]]:
+    """The solutions of all layers, and the factors of those that are this rank's.
+
+    Args:
+        blanks, settings: see `solve.solve`.
+
+    Raises:
+        GfwsvdError: on all ranks, what `solve.solve` raises on one.
+    """
+    mine = _mine(linears)
+    solutions: dict[str, Solution] = {}
+    factors: dict[str, Factors] = {}
+    with shared_errors():
+        for name in track(mine, f"{row.name}: {len(mine)} layers"):
+            module, blank = linears[name], blanks[name]
+            solutions[name], factors[name] = solve(name, module, statistics, row, blank=blank, **settings)
+    found = _merged(solutions)
+    return {name: found[name] for name in linears}, factors
+
+
+def build_layers(
+    linears: Mapping[str, nn.Module],
+    statistics: Statistics,
+    row: Method,
+    *,
+    solutions: Mapping[str, Solution],
+    factors: Mapping[str, Factors],
+    ranks: Mapping[str, int | None],
+    multiple: int,
+    cost: Cost,
+    track: Track,
+) -> dict[str, Built]:
+    """The new layers, on every rank, of those that `ranks` does not leave dense.
+
+    Args:
+        solutions, factors: of `solve_layers`.
+        multiple, cost: see `solve.low_rank`.
+
+    Raises:
+        GfwsvdError: on all ranks, what is raised on one.
+    """
+    chosen = {name: number for name in _mine(linears) if (number := ranks[name]) is not None}
+    built: dict[str, Built] = {}
+    with shared_errors():
+        for name in track(list(chosen), f"{row.name}: {len(chosen)} low-rank layers"):
+            candidate, soundness = solutions[name]
+            built[name] = low_rank(
+                linears[name],
+                candidate,
+                factors[name](),
+                chosen[name],
+                multiple=multiple,
+                cost=cost,
+                metrics=metrics_of(statistics, name, row, soundness["metrics"]),
+            )
+    forms = _merged({name: (new.layer.rank, new.layer.kind == "pivoted", new.rounding) for name, new in built.items()})
+    owner = _owners(linears)
+    layers: dict[str, Built] = {}
+    for name in filter(forms.__contains__, linears):
+        number, pivoted, rounding = forms[name]
+        layers[name] = built.get(name) or Built(blank_layer(linears[name], number, pivoted=pivoted), rounding)
+        for tensor in layers[name].layer.state_dict().values():
+            send(tensor, owner[name])
+    return layers
+
+
+def _owners(linears: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The rank that solves and builds each layer."""
+    shapes = {name: weight_shape(module) for name, module in linears.items()}
+    return owners({name: float(d_out * d_in * min(d_out, d_in)) for name, (d_out, d_in) in shapes.items()})
+
+
+def _mine(linears: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, owner in _owners(linears).items() if owner == rank()]
+
+
+def _merged(found: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks have found, by layer."""
+    return {name: value for part in gathered(found) for name, value in part.items()}
