@@ -194,6 +194,26 @@ def calibrate(
         )
 
 
+def about_calibration(
+    model: nn.Module, batches: Sequence[Batch], *, start: Statistics | None = None, **settings: Any
+) -> dict[str, Any]:
+    """What the work of a `calibrate` of these arguments depends on, for `gfwsvd.work.open_job_work`.
+
+    Args:
+        settings: plain JSON values, by the names of `calibrate`.
+    """
+    linears = find_linears(model)
+    return {
+        "model_sha256": fingerprint(linears),
+        "dtypes": sorted({str(dense_weight(module).dtype) for module in linears.values()}),
+        "data_sha256": data_sha256(batches),
+        "batches": [num_rows(batch) for batch in batches],
+        "start": None if start is None else start.data_sha256,
+        "processes": ranked.world_size(),
+        **settings,
+    }
+
+
 def data_sha256(batches: Iterable[Batch]) -> str:
     """A digest of the names, shapes and values of all tensors of `batches`, whatever their split into batches."""
     digest = hashlib.sha256()

@@ -1,18 +1,22 @@
 """The application behind the command `gfwsvd`, and what its commands share."""
 
+import contextlib
 import functools
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 
 from . import __version__
+from .budget import parse_bytes
 from .errors import GfwsvdError
 from .options import DTYPES
-from .ranked import joined
+from .ranked import joined, rank, shared_errors
+from .work import Work, open_job_work, remove_work
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +54,29 @@ def in_job(command: Callable[..., None]) -> Callable[..., None]:
             command(**arguments)
 
     return joining
+
+
+@contextlib.contextmanager
+def kept_work(target: Path, about: Mapping[str, Any]) -> Iterator[Work]:
+    """Work in progress of a command that writes the folder `target` within the block: in TARGET.work, until the block
+    ends well. After Ctrl-C it says that the same command goes on."""
+    folder = target.with_name(f"{target.name}.work")
+    try:
+        with open_job_work(folder, about) as work:
+            yield work
+    except KeyboardInterrupt:
+        if folder.exists():
+            print(f"gfwsvd: the same command goes on from what is kept in {folder}", file=sys.stderr)
+        raise
+    with shared_errors():
+        if rank() == 0:
+            remove_work(folder)
+
+
+def memory_limits(device_memory: str | None, host_memory: str | None) -> dict[str, int | None]:
+    """The arguments of `calibrate` for these options."""
+    limits = {"device_memory": device_memory, "host_memory": host_memory}
+    return {name: None if text is None else parse_bytes(text) for name, text in limits.items()}
 
 
 def given_options(context: typer.Context, names: Iterable[str]) -> str:

@@ -10,10 +10,10 @@ import typer
 
 from . import sources
 from .bounds import check_bounds, parse_bounds
-from .calibration import CLIP, calibrate, check_settings
+from .calibration import CLIP, about_calibration, calibrate, check_settings
 from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
-from .cli_app import app, check_dtype, given_options, in_job, mendable, versions
+from .cli_app import app, check_dtype, given_options, in_job, kept_work, memory_limits, mendable, versions
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, about_work, compress
 from .errors import GfwsvdError
 from .folders import check_output_file, check_output_folder
@@ -25,9 +25,11 @@ from .options import (
     Bounds,
     Clip,
     Device,
+    DeviceMemory,
     Dtype,
     Epochs,
     Exclude,
+    HostMemory,
     Json,
     Labels,
     Latency,
@@ -49,11 +51,11 @@ from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
 from .texts import text_name
-from .work import open_job_work, remove_work
 
 
 @app.command("calibrate")
 @mendable
+@in_job
 def calibrate_command(
     model: Model,
     text: Text,
@@ -65,7 +67,8 @@ def calibrate_command(
     labels: Labels = "empirical",
     sweeps: Sweeps = 1,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="stop sweeping once no layer's right factor turns by more (a sine)")
+        float,
+        typer.Option("--tolerance", help="a layer is not swept again once its right factor turns by no more (a sine)"),
     ] = 0.0,
     online: Annotated[
         bool, typer.Option("--online", help="within a sweep, weigh samples by the factors of those before them")
@@ -81,40 +84,40 @@ def calibrate_command(
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
     device: Device = "cpu",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
-    """Collect the statistics of a model's layers once, for all methods and ratios."""
+    """Collect the statistics of a model's layers once, for all methods and ratios.
+
+    What is collected is in DIR.work until DIR is written: the same command goes on after an interruption. Started by
+    torchrun, several processes share the batches.
+    """
     check_settings(unit, labels, sweeps, clip, tolerance)
     check_dtype(dtype)
+    memory = memory_limits(device_memory, host_memory)
     begun = None if start is None else load_statistics(start)[0]
-    check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
+    target = check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
     batches = sources.token_batches(
         sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
     )
-    statistics = calibrate(
-        loaded,
-        batches,
-        unit=unit,
-        labels=labels,
-        sweeps=sweeps,
-        tolerance=tolerance,
-        online=online,
-        clip=clip,
-        seed=seed,
-        heldout=heldout,
-        start=begun,
-        exclude=exclude,
-        track=bar,
-    )
-    provenance = _provenance(name, text, sequences, seq_len)
-    save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
+    settings: dict[str, Any] = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance}
+    settings |= {"online": online, "clip": clip, "seed": seed, "heldout": heldout, "exclude": exclude, **memory}
+    about = about_calibration(loaded, batches, start=begun, **settings)
+    with kept_work(target, about) as work:
+        statistics = calibrate(loaded, batches, start=begun, work=work, track=bar, **settings)
+        with shared_errors():
+            if rank() == 0:
+                provenance = _provenance(name, text, sequences, seq_len)
+                save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
     summary = {
         "stats": str(stats),
         "layers": len(statistics.layers),
         "tokens": sequences * seq_len,
         "heldout_sequences": statistics.num_heldout,
+        "skipped_sequences": statistics.num_skipped,
         "sweeps": len(statistics.seconds),
         "seconds": sum(statistics.seconds),
         "settings": statistics.settings,
@@ -168,6 +171,8 @@ def compress_command(
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
     device: Device = "cpu",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="also write an HTML report with plots")
     ] = None,
@@ -179,8 +184,8 @@ def compress_command(
     What is solved is in DIR.work until DIR is written: the same command goes on after an interruption. Started by
     torchrun, several processes share the layers.
 
-    The options from --sequences to --exclude belong to a calibration on --text and are refused with --stats: statistics
-    bring their own. Method svd needs neither.
+    The options from --sequences to --exclude, and those of memory, belong to a calibration on --text and are refused
+    with --stats: statistics bring their own. Method svd needs neither.
     """
     needs = method_named(method).needs
     check_keep(keep)
@@ -190,6 +195,7 @@ def compress_command(
     check_bounds(bounds)
     check_settings(unit, labels, sweeps, clip)
     check_dtype(dtype)
+    memory = memory_limits(device_memory, host_memory)
     if stats is None and text is None and needs:
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
     if stats is not None:
@@ -208,34 +214,27 @@ def compress_command(
         )
     settings: dict[str, Any] = {"method": method, "keep": keep, "damping": damping, "guard": guard, "storage": storage}
     settings |= {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed, "exclude": exclude}
-    folder = target.with_name(f"{target.name}.work")
+    settings |= memory
     about = about_work(loaded, batches or (), statistics=statistics, **settings)
-    try:
-        with open_job_work(folder, about) as work:
-            result = compress(
-                loaded,
-                batches,
-                ranks=ranks,
-                rank_multiple=rank_multiple,
-                bounds=bounds,
-                latency=table,
-                statistics=statistics,
-                work=work,
-                track=bar,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        if folder.exists():
-            print(f"gfwsvd: the same command goes on from what is solved in {folder}", file=sys.stderr)
-        raise
-    result.provenance |= {"model": name, **provenance, **versions()}
-    from .hf import save_pretrained
+    with kept_work(target, about) as work:
+        result = compress(
+            loaded,
+            batches,
+            ranks=ranks,
+            rank_multiple=rank_multiple,
+            bounds=bounds,
+            latency=table,
+            statistics=statistics,
+            work=work,
+            track=bar,
+            **settings,
+        )
+        result.provenance |= {"model": name, **provenance, **versions()}
+        from .hf import save_pretrained
 
-    with shared_errors():
-        save_pretrained(loaded, out, report=result, tokenizer=tokenizer, overwrite=overwrite)
-        if rank() == 0:
-            remove_work(folder)
-            if report is not None:
+        with shared_errors():
+            save_pretrained(loaded, out, report=result, tokenizer=tokenizer, overwrite=overwrite)
+            if rank() == 0 and report is not None:
                 from .report import write_report
 
                 write_report(report, title=f"{name}, {method}, keep {keep}", reports=[result])
@@ -349,7 +348,10 @@ def convert_command(
 
 def _check_no_calibration(context: typer.Context) -> None:
     """With statistics, an option of the calibration would have no effect; `exclude` would leave out no layer."""
-    names = ("text", "sequences", "seq_len", "batch_size", "unit", "labels", "sweeps", "clip", "seed", "exclude")
+    names = [
+        *("text", "sequences", "seq_len", "batch_size", "unit", "labels", "sweeps", "clip", "seed", "exclude"),
+        *("device_memory", "host_memory"),
+    ]
     if given := given_options(context, names):
         raise GfwsvdError(
             f"the statistics of --stats bring their own calibration, got {given} as well: give either --stats DIR or "

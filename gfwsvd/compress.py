@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .bounds import Bound, bounds_of, check_bounds
-from .calibration import CLIP, Batch, Loss, Statistics, Track, calibrate, data_sha256, silent
+from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration, calibrate, silent
 from .errors import GfwsvdError
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, weight_shape
@@ -48,6 +48,8 @@ def compress(
     seed: int = 0,
     exclude: Iterable[str] = (),
     loss: Loss | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     work: Work | None = None,
     track: Track = silent,
 ) -> CompressionReport:
@@ -73,7 +75,7 @@ def compress(
         guard: where a method weighs both sides and the statistics have held-out tokens, factor each layer by whichever
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
-        unit, labels, sweeps, clip, seed, exclude, loss: see `calibrate`.
+        unit, labels, sweeps, clip, seed, exclude, loss, device_memory, host_memory: see `calibrate`.
         work: of `open_job_work` with `about_work` of these arguments: each layer solved is kept there, and taken from
             there by a later call. Factors are then on disk, up to 8 bytes for each weight, and not in memory.
         track: wraps long loops to show progress.
@@ -91,8 +93,7 @@ def compress(
     check_bounds(bounds or {})
     if latency is not None and ranks != "global":
         raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
-        raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
+    _check_dense(model)
     blanks = _blanks(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
     if latency is not None:
         latency.check((blank.d_out, blank.d_in) for blank in blanks.values())
@@ -111,6 +112,9 @@ def compress(
             seed=seed,
             exclude=exclude,
             loss=loss,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            work=work,
             track=track,
         )
     began = time.perf_counter()
@@ -182,14 +186,22 @@ def about_work(
         batches, statistics: as `compress` takes them; batches are read here too.
         settings: plain JSON values: `method`, `keep`, `damping`, `guard`, `storage`, and what a calibration depends on.
     """
+    _check_dense(model)
+    if statistics is None:
+        return about_calibration(model, list(batches), **settings)
     linears = find_linears(model)
     return {
         "model_sha256": fingerprint(linears),
         "dtypes": sorted({str(dense_weight(module).dtype) for module in linears.values()}),
-        "data_sha256": data_sha256(batches) if statistics is None else statistics.data_sha256,
-        "calibration": None if statistics is None else statistics.settings,
+        "data_sha256": statistics.data_sha256,
+        "calibration": statistics.settings,
         **settings,
     }
+
+
+def _check_dense(model: nn.Module) -> None:
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
 
 
 def _blanks(

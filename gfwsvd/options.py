@@ -59,6 +59,16 @@ Dtype = Annotated[
     typer.Option("--dtype", metavar=one_of(DTYPES), help="of the weights; default: the model's own"),
 ]
 Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
+_BYTES = "in bytes or as 80G, 1.5T, 512M"
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory", metavar="SIZE", help=f"stay within it, by collecting some layers at a time; {_BYTES}"
+    ),
+]
+HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", metavar="SIZE", help=f"the same for the memory of the host; {_BYTES}")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line, and no table")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="passes over the sequences")]
 LearningRate = Annotated[float, typer.Option("--learning-rate", help="the highest, after the warm-up")]

@@ -70,13 +70,18 @@ class Passes:
                 return group
             if ranked.rank() == 0:
                 tensors, entries = pack_layers(group.layers)
-                self.work.save(label, tensors, {"entries": entries, "progress": _progress(group)})
+                progress = _progress(group)
+                self.work.save(
+                    f"{label}-times", {}, {"seconds": progress.pop("seconds")}
+                )  # else no two files are alike
+                self.work.save(label, tensors, {"entries": entries, "progress": progress})
                 self.work.discard(f"{label}-passes")
             ranked.gathered(None)  # now all processes can read it
             self.work.discard(_own(label))
         values = self.work.values(label)
         file = self.work.file(label)
-        return Group({name: StoredLayer(file, e) for name, e in values["entries"].items()}, **values["progress"])
+        layers: dict[str, LayerStatistics] = {name: StoredLayer(file, e) for name, e in values["entries"].items()}
+        return Group(layers, **values["progress"], **self.work.values(f"{label}-times"))
 
     def _complete(self, names: Sequence[str], label: str, title: str) -> Group:
         group = self._begun(names, label)
