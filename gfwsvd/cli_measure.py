@@ -1,5 +1,6 @@
 """The commands that measure, serve or show a model: latency, eval, sweep, serve, inspect."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
 from .cli_app import app, check_dtype, given_options, mendable
 from .errors import GfwsvdError
-from .evaluate import evaluate
-from .folders import check_output_file
+from .evaluate import evaluate, evaluation_about
+from .folders import check_output_file, locked_folder
 from .latency import STEP, measure_latency
 from .options import (
     ALL_METHODS,
@@ -46,6 +47,7 @@ from .store import load_statistics
 from .sweep import all_runs, comparison, sweep
 from .tasks import find_tasks, run_tasks, task_table
 from .texts import text_name
+from .work import open_work, remove_work
 
 
 @app.command("latency")
@@ -94,15 +96,27 @@ def eval_command(
     num_fewshot: Fewshot = None,
     limit: EvalLimit = None,
     batch_size: EvalBatchSize = 1,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", metavar="DIR", help="keep the sums over the text here, so that an interrupted run goes on"
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Measure perplexity on a text and how far a model is from a reference, or how well it answers tasks, or both."""
+    """Measure perplexity on a text and how far a model is from a reference, or how well it answers tasks, or both.
+
+    With --work the same command goes on after an interruption, at the window where it was; DIR is removed at the end.
+    """
     check_dtype(dtype)
     if text is None and tasks is None:
         raise GfwsvdError("there is nothing to evaluate on: give --text TEXT, --tasks NAME, or both")
-    for owner, names in {"text": ("window", "stride", "reference"), "tasks": ("task_folder", "num_fewshot")}.items():
+    for owner, names in {
+        "text": ("window", "stride", "reference", "work"),
+        "tasks": ("task_folder", "num_fewshot"),
+    }.items():
         if context.params[owner] is None and (given := given_options(context, names)):
             raise GfwsvdError(f"{given} would have no effect without --{owner}: give that too")
     check_stride(window if stride is None else stride, window)
@@ -112,11 +126,17 @@ def eval_command(
     if text is not None:
         tokens = sources.windows(sources.load_text(text), tokenizer, window=window, stride=stride, limit=limit)
         dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
-        found = evaluate(loaded, tokens, stride=stride, reference=dense, batch_size=batch_size, track=bar).to_json()
+        settings: dict[str, Any] = {"stride": stride, "reference": dense, "batch_size": batch_size}
+        with contextlib.ExitStack() as stack:
+            if work is not None:
+                settings["work"] = stack.enter_context(open_work(work, evaluation_about(loaded, tokens, **settings)))
+            found = evaluate(loaded, tokens, **settings, track=bar).to_json()
     if asked is not None:
         found |= run_tasks(loaded, tokenizer, asked, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
         if not json_output:
             Console().print(task_table(found.pop("tasks")))
+    if work is not None:
+        remove_work(work)
     print_values(found, json_output)
 
 
@@ -139,28 +159,30 @@ def sweep_command(
 ) -> None:
     """Compare methods and ratios on one text: perplexity and distance from the dense model, in a table and a picture.
 
-    Every row is written as soon as it is known. The same command again computes only what is missing.
+    Every row is written as soon as it is known. The same command again computes only what is missing. While it runs, no
+    other sweep writes to the same folder.
     """
     statistics, provenance = load_statistics(stats)
     runs = all_runs(method, ranks, keep, storage)
     check_dtype(dtype)
     check_output_file(out / "report.html")
-    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
-    tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
-    about = {
-        "model": name,
-        "model_sha256": statistics.model_sha256,
-        "calibration": {**provenance, **statistics.settings, "data_sha256": statistics.data_sha256},
-        "evaluation": text_name(text),
-        "evaluation_sha256": data_sha256([{"input_ids": tokens}]),
-        "windows": list(tokens.shape),
-        "dtype": dtype,
-        "gfwsvd": __version__,
-    }
-    rows = sweep(loaded, statistics, runs, tokens, rows_file=out / "rows.jsonl", about=about, track=bar)
-    from .report import write_report
+    with locked_folder(out):
+        loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+        tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
+        about = {
+            "model": name,
+            "model_sha256": statistics.model_sha256,
+            "calibration": {**provenance, **statistics.settings, "data_sha256": statistics.data_sha256},
+            "evaluation": text_name(text),
+            "evaluation_sha256": data_sha256([{"input_ids": tokens}]),
+            "windows": list(tokens.shape),
+            "dtype": dtype,
+            "gfwsvd": __version__,
+        }
+        rows = sweep(loaded, statistics, runs, tokens, rows_file=out / "rows.jsonl", about=about, track=bar)
+        from .report import write_report
 
-    write_report(out / "report.html", title=f"{name}: quality against size", reports=[], evaluations=rows)
+        write_report(out / "report.html", title=f"{name}: quality against size", reports=[], evaluations=rows)
     if json_output:
         print_values({"out": str(out), "rows": rows}, json_output)
     else:

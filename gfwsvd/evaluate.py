@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Track, silent
+from .calibration import Track, data_sha256, silent
 from .checks import check_causal, check_stride
 from .errors import GfwsvdError
+from .layers import model_sha256
 from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating, model_device
+from .work import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK_LOGITS = 1 << 23  # at a time: 32 MiB in float32
+_STATE = "evaluation"
+_KEPT_EVERY = 20.0  # seconds: writing the sums takes far less
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def evaluate(
     stride: int | None = None,
     reference: nn.Module | ReferenceLogits | None = None,
     batch_size: int = 1,
+    work: Work | None = None,
     track: Track[int] = silent,
 ) -> Evaluation:
     """Perplexity of `model` on windows of tokens, and the distance of its predictions to those of a reference.
@@ -69,6 +74,9 @@ def evaluate(
         stride: that of `gfwsvd.windows`; by default S, windows that do not overlap.
         reference: the model to compare with, or its `ReferenceLogits` of these windows, to evaluate several models.
         batch_size: windows in a forward pass; the result depends on it by rounding only.
+        work: opened for the `evaluation_about` of the same arguments: the sums over the batches that are done are kept
+            there, and an evaluation that was interrupted goes on with them to the same result, to the bit. What is
+            kept at the end gives the result again without any pass.
         track: wraps the starts of the batches to show progress.
 
     Raises:
@@ -81,7 +89,8 @@ def evaluate(
     window = windows.shape[1]
     stride = window if stride is None else stride
     _check_overlap(windows, stride)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, done = _begun(work)
+    due = time.monotonic() + _KEPT_EVERY
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         source, other = LogitsSource(model, windows), _open(reference, windows, stack)
@@ -90,9 +99,12 @@ def evaluate(
                 f"the model predicts {source.vocabulary} tokens, the reference {other.vocabulary}: expected the same "
                 "vocabulary; compare models of one family"
             )
-        for start in track(range(0, len(windows), batch_size), f"evaluation: {len(windows)} windows"):
+        for start in track(range(done, len(windows), batch_size), f"evaluation: {len(windows)} windows"):
             stop = min(start + batch_size, len(windows))
             sums += _score_batch(source, other, windows, start, stop, stride=stride)
+            if work is not None and (stop == len(windows) or time.monotonic() >= due):
+                work.save(_STATE, {"sums": sums}, {"windows": stop})
+                due = time.monotonic() + _KEPT_EVERY
     tokens = window - 1 + (len(windows) - 1) * min(stride, window - 1)
     loss, kl, top1 = (sums / tokens).tolist()
     return Evaluation(
@@ -104,6 +116,31 @@ def evaluate(
         stride=stride,
         seconds=time.perf_counter() - began,
     )
+
+
+def evaluation_about(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    stride: int | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """What the result of `evaluate` with these arguments depends on, to the last bit, for `gfwsvd.work.open_work`."""
+    import transformers
+
+    return {
+        "model_sha256": model_sha256(model),
+        "reference_sha256": None if reference is None else model_sha256(reference),
+        "dtypes": [sorted({str(p.dtype) for p in m.parameters()}) for m in (model, reference) if m is not None],
+        "device": model_device(model).type,
+        "windows": list(windows.shape),
+        "data_sha256": data_sha256([{"input_ids": windows}]),
+        "stride": windows.shape[1] if stride is None else stride,
+        "batch_size": batch_size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def generate_sample(
@@ -139,6 +176,14 @@ def generate_sample(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=padding, **greedy
         )
     return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _begun(work: Work | None) -> tuple[Tensor, int]:
+    """The sums of `_score_batch` over the windows that are done, and how many these are."""
+    state = None if work is None else work.load(_STATE)
+    if state is None:
+        return torch.zeros(3, dtype=torch.float64), 0
+    return state[0]["sums"], state[1]["windows"]
 
 
 def _check_overlap(windows: Tensor, stride: int) -> None:

@@ -145,6 +145,34 @@ def lock_folder(folder: Path) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def locked_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder, made where there is none, that no other process can lock until the block ends; its absolute path.
+
+    On a file system without locks on folders (some network ones) others are not kept out.
+
+    Raises:
+        GfwsvdError: when another process has it locked, or it cannot be made.
+    """
+    folder = Path(path).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GfwsvdError(f"could not make the folder {folder}: {error}; name another one") from error
+    lock = None
+    try:
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
+    except OSError:
+        pass
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -193,6 +193,10 @@ def write_model(
             tokenizer.save_pretrained(folder)
     except ValueError as error:  # such as a generation config that contradicts itself
         raise GfwsvdError(f"transformers cannot save this {type(model).__name__}: {error}") from error
+    except Exception as error:
+        if type(error) is Exception:  # what a tokenizer makes of a full disk
+            raise OSError(str(error)) from error
+        raise
 
 
 def _base_card(source: str) -> str:

@@ -176,3 +176,9 @@ def fingerprint(linears: Mapping[str, nn.Module]) -> str:
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_sha256(model: nn.Module) -> str:
+    """The fingerprint of every module that has a matrix, embeddings and low-rank layers included."""
+    weights = ((name, module, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return fingerprint({name: module for name, module, w in weights if isinstance(w, Tensor) and w.dim() == 2})

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .checks import check_stride
 from .errors import GfwsvdError
+from .folders import read_headers, read_json
+from .texts import hub_out_of_reach, one_line
 from .texts import load_text as load_text
 
 if TYPE_CHECKING:
@@ -57,8 +59,7 @@ def load_model(
     except GfwsvdError:
         raise
     except Exception as error:  # of many kinds: the readers below fail in any way on what they cannot read
-        where = "" if path.exists() else " (no file or folder here; taken for a name on the hub)"
-        raise GfwsvdError(f"cannot load the model {spec}{where}: {type(error).__name__}: {error}") from error
+        raise GfwsvdError(_why_not_loaded(spec, path, error)) from error
 
 
 def _load_pretrained(
@@ -118,6 +119,39 @@ def _check_folder(folder: Path) -> None:
             f"{folder} has no safetensors file; pickled weights are not read, since loading them can run code: save "
             "the model again with its save_pretrained"
         )
+
+
+def _why_not_loaded(spec: str, path: Path, error: Exception) -> str:
+    if path.exists():
+        where, reason = "", _broken_file(path)
+    else:
+        where = " (no file or folder here; taken for a name on the hub)"
+        cached = _cached_folder(spec)
+        reason = cached and _broken_file(cached) or hub_out_of_reach(error)
+    return f"cannot load the model {spec}{where}: {reason or f'{type(error).__name__}: {one_line(error)}'}"
+
+
+def _cached_folder(name: str) -> Path | None:
+    """Where the hub's cache has the model of that name, if it has."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        config = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):  # not there, or no name that a model could have
+        return None
+    return Path(config).parent if config else None
+
+
+def _broken_file(folder: Path) -> str | None:
+    """Which file of a model folder that transformers could not load is cut short or changed, as far as that shows."""
+    try:
+        for index in sorted(folder.glob("*.index.json")):
+            read_json(index)
+        for file in sorted(folder.glob("*.safetensors")):  # each alone: copies of one tensor in two files are no harm
+            read_headers([file])
+    except GfwsvdError as error:
+        return str(error)
+    return None
 
 
 def _why_unreadable(file: Path) -> str | None:

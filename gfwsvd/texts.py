@@ -128,8 +128,34 @@ def _dataset_rows(name: str, config: str | None = None, split: str = "train", **
     try:
         yield from datasets.load_dataset(name, config or None, split=split, streaming=True, **where)
     except Exception as error:  # of many kinds, from the network, the hub and the files
-        source = where.get("data_files") or f"dataset {name} (config {config or 'default'}, split {split})"
-        raise GfwsvdError(f"cannot read {source}: {error}") from error
+        file = where.get("data_files")
+        source = file or f"dataset {name} (config {config or 'default'}, split {split})"
+        unreachable = None if file else hub_out_of_reach(error)
+        raise GfwsvdError(f"cannot read {source}: {unreachable or one_line(error)}") from error
+
+
+def hub_out_of_reach(error: BaseException) -> str | None:
+    """Why the hub could not be asked and what to do, where `error` comes from that; None where it does not."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    offline = constants.is_offline_mode()
+    missed = offline and isinstance(causes[-1], OSError)  # a file that the cache has not, where nothing was asked for
+    if not missed and not any(isinstance(cause, ConnectionError | LocalEntryNotFoundError) for cause in causes):
+        return None
+    why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} does not answer"
+    return (
+        f"the hub cannot be asked, {why}, and its cache {constants.HF_HUB_CACHE} does not hold all that is needed; "
+        f"{'unset it' if offline else 'connect'} for once, fill the cache, or give the path of a local copy"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def _joined(rows: Iterable[tuple[str, ...]]) -> str:

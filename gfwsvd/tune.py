@@ -22,18 +22,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .calibration import Track, data_sha256, silent
+from .checks import check_causal
 from .errors import GfwsvdError
 from .evaluate import CHUNK_LOGITS, Evaluation, evaluate
-from .folders import atomic_folder, read_json, write_json
+from .folders import read_json
 from .hooks import frozen
-from .layers import LowRankLinear, fingerprint
+from .layers import LowRankLinear, model_sha256
 from .logits import LogitsSource, ReferenceLogits, check_windows, model_device
 from .sources import quiet, token_batches, windows
+from .work import open_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SETTINGS = "settings.json"
 _HELDOUT, _HELDOUT_WINDOWS = 0.05, 16  # of the text, its end; of that, at most
 _SAVES = 0.1  # of all steps, between two checkpoints
 _WARMUP = 0.1  # of all steps
@@ -101,11 +102,14 @@ def tune(
 
     Raises:
         GfwsvdError: for a model without low-rank layers, what `evaluate` refuses, a setting out of range, a `folder`
-            of a run with other arguments, and a loss that is NaN or infinite.
+            of a run with other arguments or of one that goes on at the moment, and a loss that is NaN or infinite.
     """
     began = time.perf_counter()
     check_windows(sequences, batch_size)
     check_training(epochs, learning_rate, dtype)
+    for causal in (model, reference):
+        if causal is not None:
+            check_causal(causal)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise GfwsvdError(f"{type(model).__name__} has no low-rank layer to train: compress it first")
@@ -118,26 +122,27 @@ def tune(
         "seed": seed,
         "dtype": dtype,
         "sequences": list(sequences.shape),
-        "model_sha256": _model_sha256(model),
-        "reference_sha256": None if reference is None else _model_sha256(reference),
+        "model_sha256": model_sha256(model),
+        "reference_sha256": None if reference is None else model_sha256(reference),
         "data_sha256": data_sha256([{"input_ids": sequences}, {"input_ids": heldout}]),
     }
-    expected = None if reference is None else ReferenceLogits(reference, heldout, track=track)
-    before = evaluate(model, heldout, reference=expected, track=track)
-    checkpoint = _open_folder(folder, settings)
+    about = settings | {"torch": torch.__version__, "transformers": transformers.__version__}
     trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     originals = [parameter.detach().clone() for parameter in trained]
     improved = False
     try:
-        with frozen(model), _in_float32(model), contextlib.ExitStack() as stack:
-            if reference is not None:
-                stack.enter_context(frozen(reference))
-            for parameter in trained:
-                parameter.requires_grad_()
-            student = _Student(model, reference, layers, sequences, dtype == "bfloat16")
-            steps = _train(student, settings, folder, checkpoint, track)
-        after = evaluate(model, heldout, reference=expected, track=track)
-        improved = _loss(after) < _loss(before)
+        with open_work(folder, about) as work:
+            expected = None if reference is None else ReferenceLogits(reference, heldout, track=track)
+            before = evaluate(model, heldout, reference=expected, track=track)
+            with frozen(model), _in_float32(model), contextlib.ExitStack() as stack:
+                if reference is not None:
+                    stack.enter_context(frozen(reference))
+                for parameter in trained:
+                    parameter.requires_grad_()
+                student = _Student(model, reference, layers, sequences, dtype == "bfloat16")
+                steps = _train(student, settings, work.path, track)
+            after = evaluate(model, heldout, reference=expected, track=track)
+            improved = _loss(after) < _loss(before)
     finally:
         if not improved:
             for parameter, original in zip(trained, originals, strict=True):
@@ -256,8 +261,8 @@ class _Progress(TrainerCallback):
         yield from self.track(range(start, stop), f"training: {stop - start} steps")
 
 
-def _train(student: _Student, settings: dict[str, Any], folder: Path, checkpoint: str | None, track: Track[int]) -> int:
-    """Trains the layers of `student` from the checkpoint on, if there is one; the number of steps in all."""
+def _train(student: _Student, settings: dict[str, Any], folder: Path, track: Track[int]) -> int:
+    """Trains the layers of `student` from the last checkpoint in the folder on; the number of steps in all."""
     device = model_device(student)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -287,7 +292,7 @@ def _train(student: _Student, settings: dict[str, Any], folder: Path, checkpoint
     trainer.remove_callback(PrinterCallback)
     try:
         with quiet():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except (OSError, SafetensorError) as error:
         raise GfwsvdError(f"could not keep the training in {folder}: {error}; its last checkpoint is there") from error
     finally:
@@ -295,21 +300,8 @@ def _train(student: _Student, settings: dict[str, Any], folder: Path, checkpoint
     return int(trainer.state.global_step)
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The last whole checkpoint in the folder of a run with these settings; makes the folder if there is none."""
-    settings = settings | {"torch": torch.__version__, "transformers": transformers.__version__}
-    if not folder.exists():
-        with atomic_folder(folder) as new:
-            write_json(new / SETTINGS, settings)
-        return None
-    found = read_json(folder / SETTINGS)
-    different = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
-    if different:
-        said = "; ".join(f"{key} was {found.get(key)}, now {settings.get(key)}" for key in different)
-        raise GfwsvdError(
-            f"{folder} holds an interrupted training with other arguments: {said}; give the same ones to go on with "
-            "it, or remove the folder to start anew"
-        )
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint of Trainer in a folder, if there is one; later ones, cut short, are removed."""
     steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
     for step in sorted(steps, reverse=True):
         with contextlib.suppress(GfwsvdError):
@@ -332,12 +324,6 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         model.zero_grad()  # a gradient keeps its tensor's dtype
         for tensor, dtype in halves:
             tensor.data = tensor.data.to(dtype)
-
-
-def _model_sha256(model: nn.Module) -> str:
-    """The fingerprint of every module that has a matrix, embeddings and low-rank layers included."""
-    weights = ((name, module, getattr(module, "weight", None)) for name, module in model.named_modules())
-    return fingerprint({name: module for name, module, w in weights if isinstance(w, Tensor) and w.dim() == 2})
 
 
 def _loss(evaluation: Evaluation) -> float:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GfwsvdError
-from .folders import lock_folder, read_json, write_text
+from .folders import locked_folder, read_json, write_text
 from .ranked import rank, shared_errors
 
 _ABOUT, _VALUES = "about.json", "values"
@@ -98,26 +98,15 @@ def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterato
     anything was kept in it, it stays, whatever happens; `remove_work` removes it.
 
     Args:
-        about: plain JSON values, all that the work depends on: work that was begun with others is refused.
+        about: plain JSON values, all that the work depends on: where something was kept with others, it is refused.
 
     Raises:
         GfwsvdError: for a folder that another process has open, that holds something else, or that cannot be written.
     """
-    folder = Path(path).expanduser().resolve()
     about = json.loads(json.dumps(dict(about), allow_nan=False))  # as it will be read back
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GfwsvdError(f"could not keep work in {folder}: {error}; name another folder") from error
-    lock = None
-    try:
-        lock = lock_folder(folder)
-    except BlockingIOError as error:
-        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
-    except OSError:
-        pass  # a file system without locks on folders
-    try:
-        if all(entry.name.startswith(".") for entry in folder.iterdir()):  # a begun `write_text` leaves such a file
+    with locked_folder(path) as folder:
+        # A begun `write_text` leaves a file with a dot. Where nothing was kept, a mistyped setting binds nobody.
+        if all(entry.name.startswith(".") or entry.name == _ABOUT for entry in folder.iterdir()):
             write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
         elif not (folder / _ABOUT).exists():
             raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
@@ -133,9 +122,6 @@ def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterato
         finally:
             if {entry.name for entry in folder.iterdir()} == {_ABOUT}:
                 remove_work(folder)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 @contextlib.contextmanager
