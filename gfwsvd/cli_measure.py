@@ -120,6 +120,8 @@ def eval_command(
         if context.params[owner] is None and (given := given_options(context, names)):
             raise GfwsvdError(f"{given} would have no effect without --{owner}: give that too")
     check_stride(window if stride is None else stride, window)
+    if work is not None:
+        check_output_file(work / "state")
     asked = None if tasks is None else find_tasks([name.strip() for name in tasks.split(",")], folder=task_folder)
     loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
     found: dict[str, Any] = {}

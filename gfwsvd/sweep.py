@@ -132,6 +132,9 @@ def sweep(
 
     Rows that are there already, of the same `about` (what else the figures depend on), are not computed again, so that
     an interrupted sweep goes on where it was.
+
+    Raises:
+        GfwsvdError: when `rows_file` holds something else or cannot be written; what `compress` and `evaluate` raise.
     """
     about = json.loads(json.dumps(dict(about)))  # as it will be read back
     found = {_run_of(row): row for row in read_rows(rows_file) if row.get("about") == about}
@@ -162,14 +165,19 @@ def _run_of(row: Mapping[str, Any]) -> Run | None:
 
 
 def _append(rows_file: Path, row: dict[str, Any]) -> dict[str, Any]:
-    rows_file.parent.mkdir(parents=True, exist_ok=True)
-    whole = rows_file.read_bytes() if rows_file.exists() else b""
-    with rows_file.open("r+b" if rows_file.exists() else "wb") as file:
-        file.truncate(whole.rfind(b"\n") + 1)  # what was cut short
-        file.seek(0, os.SEEK_END)
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        rows_file.parent.mkdir(parents=True, exist_ok=True)
+        whole = rows_file.read_bytes() if rows_file.exists() else b""
+        with rows_file.open("r+b" if rows_file.exists() else "wb") as file:
+            file.truncate(whole.rfind(b"\n") + 1)  # what was cut short
+            file.seek(0, os.SEEK_END)
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise GfwsvdError(
+            f"could not add a row to {rows_file}: {error}; the rows before are there, and the same command goes on"
+        ) from error
     return row
 
 

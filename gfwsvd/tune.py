@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _HELDOUT, _HELDOUT_WINDOWS = 0.05, 16  # of the text, its end; of that, at most
 _SAVES = 0.1  # of all steps, between two checkpoints
 _WARMUP = 0.1  # of all steps
+_TORCH_SAVE = "inline_container"  # the source that torch.save's RuntimeError of a full disk names
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,9 @@ def _train(student: _Student, settings: dict[str, Any], folder: Path, track: Tra
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _TORCH_SAVE not in str(error):
+            raise
         raise GfwsvdError(f"could not keep the training in {folder}: {error}; its last checkpoint is there") from error
     finally:
         progress.ticks.close()
