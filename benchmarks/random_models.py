@@ -11,6 +11,8 @@ SHAPES: dict[str, dict[str, int]] = {
     | {"num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256},
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     | {"num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152},
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128},
 }

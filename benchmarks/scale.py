@@ -5,6 +5,7 @@
 
 The weights and tokens are random: none of the phases depends on their values but for the guard, which may factor a
 layer up to four times. Passes and factorisation grow with the layers; the head is the same for any number of them.
+Beside what is measured stands what `gfwsvd plan` predicts for the same work on the same machine.
 """
 
 import argparse
@@ -18,6 +19,10 @@ from rich.table import Table
 import gfwsvd
 from benchmarks import record
 from benchmarks.random_models import SHAPES, random_model
+from gfwsvd.footprint import Settings
+from gfwsvd.hardware import measure
+from gfwsvd.plan import estimate
+from gfwsvd.skeleton import shape_of
 
 
 def main() -> None:
@@ -36,30 +41,36 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    model = random_model(
-        arguments.shape, dtype=getattr(torch, arguments.dtype), device=arguments.device, layers=arguments.layers
-    )
+    dtype = getattr(torch, arguments.dtype)
+    model = random_model(arguments.shape, dtype=dtype, device=arguments.device, layers=arguments.layers)
+    settings = Settings(
+        keep=arguments.keep, sequences=arguments.sequences, seq_len=arguments.seq_len, batch_size=arguments.batch,
+        sweeps=arguments.sweeps,
+    )  # fmt: skip
+    predicted = estimate(shape_of(model), settings, measure(arguments.device, dtype))
     ids = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.sequences, arguments.seq_len))
     statistics = gfwsvd.calibrate(
         model, [{"input_ids": part} for part in ids.split(arguments.batch)], sweeps=arguments.sweeps
     )
     began = time.perf_counter()
     report = gfwsvd.compress(model, statistics=statistics, keep=arguments.keep, guard=not arguments.no_guard)
-    seconds = {f"pass {number}": taken for number, taken in enumerate(statistics.seconds, start=1)}
+    seconds = {f"calibration sweep {number}": taken for number, taken in enumerate(statistics.seconds, start=1)}
     seconds["factorisation"] = time.perf_counter() - began
     on_gpu = torch.device(arguments.device).type == "cuda"
+    expected = {phase.name: phase.seconds for phase in predicted.phases if phase.name in seconds}
     row = {
         "benchmark": "scale", "shape": arguments.shape, "layers": arguments.layers, "sequences": arguments.sequences,
         "seq_len": arguments.seq_len, "batch": arguments.batch, "dtype": arguments.dtype, "keep": arguments.keep,
-        "guard": not arguments.no_guard, "seconds": seconds,
+        "guard": not arguments.no_guard, "seconds": seconds, "predicted_seconds": expected,
         "linears": len(report.layers), "dense": report.dense, "stored": report.stored,
         "metrics": {layer.name: layer.metrics for layer in report.layers},
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }  # fmt: skip
     record.append(arguments.results, row | record.provenance())
-    table = Table("phase", "s", "s a decoder layer")
+    table = Table("phase", "s", "s a decoder layer", "predicted s", "predicted / measured")
     for phase, taken in seconds.items():
-        table.add_row(phase, f"{taken:.2f}", f"{taken / arguments.layers:.2f}")
+        values = taken, taken / arguments.layers, expected[phase], expected[phase] / taken
+        table.add_row(phase, *(f"{value:.2f}" for value in values))
     Console().print(table)
 
 

@@ -1,6 +1,6 @@
 """The command `gfwsvd`."""
 
-from . import cli_make, cli_measure  # noqa: F401 - they enter their commands
+from . import cli_make, cli_measure, cli_plan  # noqa: F401 - they enter their commands
 from .cli_app import app as app
 
 

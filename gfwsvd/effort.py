@@ -1,0 +1,199 @@
+"""What a compression does, as steps of which a machine's curves (`hardware.py`) tell the time.
+
+Counted from the code, token by token and layer by layer, with the Fisher information over tokens. A pass over memory
+counts as one move where it reads a tensor and writes one, and as a part of it where it only reads.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .hardware import Hardware
+from .kronecker import PROBES
+from .ranks import Candidate
+from .statistics import _PROBES as PART_PROBES
+
+NO_SPECTRUM = torch.empty(0)  # of a `Candidate` that is not chosen for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a compression depends on of a model.
+
+    Attributes:
+        linears: (d_in, d_out) of the layers that are compressed, by name.
+        leaders: of each, the first layer with the same input.
+        parameters: numbers that the model stores, shared ones once.
+        embedding: those of them that a token reads one row of.
+        vocabulary: outputs of the language-model head; 0 without one.
+        hidden: width of the residual stream.
+        blocks: decoder layers.
+        heads, head_dim: of the attention, for queries.
+        dtype: of the weights, such as "bfloat16".
+        itemsize: bytes of one of them.
+    """
+
+    linears: Mapping[str, tuple[int, int]]
+    leaders: Mapping[str, str]
+    parameters: int
+    embedding: int
+    vocabulary: int
+    hidden: int
+    blocks: int
+    heads: int
+    head_dim: int
+    dtype: str
+    itemsize: int
+
+    @property
+    def dense(self) -> int:
+        """Weights of the layers that are compressed."""
+        return sum(d_in * d_out for d_in, d_out in self.linears.values())
+
+    @property
+    def widest(self) -> int:
+        """The most outputs that a layer has: the hidden width of an MLP."""
+        return max(d_out for _, d_out in self.linears.values())
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest tensor."""
+        return max(self.vocabulary * self.hidden, *(d_in * d_out for d_in, d_out in self.linears.values()))
+
+    def leads(self, name: str) -> bool:
+        """Whether a layer is the first with its input."""
+        return self.leaders[name] == name
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is done several times: see `Hardware.curves` for its name and size."""
+
+    curve: str
+    size: float
+    times: float
+    flops: float = 0.0
+
+
+def flops(steps: Iterable[Step]) -> float:
+    """Floating point operations of all steps, those of products alone; a multiply-add is two."""
+    return sum(step.flops for step in steps)
+
+
+def seconds(steps: Iterable[Step], hardware: Hardware) -> float:
+    """The time that all steps take one after the other."""
+    return sum(step.times * hardware.curves[step.curve].seconds(step.size) for step in steps)
+
+
+def product(dtype: str, rows: float, columns: float, inner: float, times: float = 1.0) -> Step:
+    """A product of matrices (ROWS, INNER) and (INNER, COLUMNS)."""
+    count = rows * columns * inner
+    return Step(f"matmul {dtype}", count ** (1 / 3), times, 2 * count * times)
+
+
+def moves(numbers: float, times: float, itemsize: int = 4) -> Step:
+    """Passes over a tensor."""
+    return Step("move", numbers * itemsize, times)
+
+
+def model_pass(shape: Shape, tokens: int, seq_len: int, *, backward: bool = True, times: float = 1.0) -> list[Step]:
+    """A forward pass over a batch of `tokens`, and the backward pass to the inputs of all layers; no weight has a
+    gradient."""
+    ways = times * (1 + backward)
+    steps = [product(shape.dtype, tokens, d_out, d_in, ways) for d_in, d_out in shape.linears.values()]
+    steps.append(product(shape.dtype, tokens, shape.vocabulary, shape.hidden, ways))
+    # Half of the attention is masked; two products forward, and five backward, which forms the weights again
+    attention = shape.blocks * shape.heads * tokens / seq_len / 2 * (7 if backward else 2)
+    steps.append(product(shape.dtype, seq_len, seq_len, shape.head_dim, attention * times))
+    # Norms, rotary embeddings, residual sums and sums of gradients: 15 of 55 forward; the activation: 2 of 7
+    share = times * shape.blocks
+    steps.append(moves(tokens * shape.hidden, share * (55 if backward else 15)))
+    steps.append(moves(tokens * shape.widest, share * (7 if backward else 2)))
+    # The loss, in float32: predicted rows, softmax, and the way back
+    steps.append(moves(tokens * shape.vocabulary, times * 11 * backward))
+    return steps
+
+
+def collection(shape: Shape, tokens: int, *, first: bool, on_cpu: bool, times: float) -> list[Step]:
+    """What the statistics of all layers add to a pass over batches of `tokens`; the first also takes the moments."""
+    # The norms of the factors, in float64, close the pass
+    steps = [moves(width**2, 12, 8) for sizes in shape.linears.values() for width in sizes]
+    dtype = "float32" if on_cpu else shape.dtype  # on a CPU sums and their operands are float32
+    casts = 4 * (shape.itemsize < 4)  # of rows to float32
+    for name in shape.linears:
+        leads = first and shape.leads(name)
+        for width, moved, grams in (
+            (shape.linears[name][0], 5 + casts + (2 + 2 * leads) * first, leads),
+            (shape.linears[name][1], 8 + casts + 2.5 * first, first),
+        ):
+            forms = 0 if first else 1  # the quadratic forms that weigh tokens
+            # Triangles, half of a product, of the factor, the moment and the form
+            steps.append(product(dtype, width, width, tokens, times * (1 + grams + forms) / 2))
+            steps.append(product("float32", tokens, width, PART_PROBES, times * 2 * (1 + grams)))
+            steps.append(product("float32", tokens, width, PROBES, times * 2 * first))
+            steps.append(moves(tokens * width, times * moved))
+    return steps
+
+
+EXCHANGES = 0.5  # of pivots, times the square root of the rows: counted for random weights, 192 to 1536 rows
+
+
+def factorisation(
+    shape: Shape, d_in: int, d_out: int, *, keep: float, sides: tuple[bool, bool], pivoted: bool, heldout: int
+) -> list[Step]:
+    """The new form of a layer, from statistics to factors, in float64; the guard tries one choice of metrics.
+
+    Args:
+        sides: whether the left and the right metric are full matrices.
+        heldout: tokens that the guard judges by, 0 for none.
+    """
+    candidate = Candidate(d_out, d_in, NO_SPECTRUM, pivoted)
+    rank, most = candidate.largest_within(int(keep * candidate.dense)), candidate.largest_rank
+    small, large = min(d_in, d_out), max(d_in, d_out)
+    inner_full = sides[1] if d_out >= d_in else sides[0]  # the metric of the smaller side
+    steps = []
+    for width, full in ((d_out, sides[0]), (d_in, sides[1])):
+        if full:
+            # A symmetric, damped copy; the condition number, by twelve products and solves
+            steps += [Step("cholesky", width, 1, width**3 / 3), moves(width**2, 14 + 12, 8)]
+            steps.append(product("float64", d_in * d_out / width, width, width))
+    steps.append(product("float64", small, small, large))
+    steps += [Step("eigh", small, 1, 9 * small**3), moves(d_in * d_out, 4, 8)]
+    guarded = bool(heldout and all(sides))
+    for columns in (most, *[rank] * guarded):
+        steps.append(product("float64", large, columns, small))
+        if inner_full:
+            steps.append(product("float64", large, small, small))
+            steps.append(_scaled("solve", small, small, columns, 1))
+    if guarded:
+        steps += [product("float64", d_out, d_in, rank), product("float64", heldout, d_out, d_in, 2)]
+    if candidate.pivots(rank):
+        steps += _pivoting(d_out, d_in, rank)
+    if shape.itemsize < 4:  # what rounding costs, of both forms
+        forms = 1 + candidate.pivots(rank)
+        steps += [
+            product("float64", d_out, d_in, rank, 2 * forms),
+            product("float64", d_out, d_out, d_in, forms * sides[0]),
+        ]
+        steps.append(product("float64", d_out, d_in, d_in, forms * sides[1]))
+    return steps
+
+
+def _pivoting(rows: int, columns: int, rank: int) -> list[Step]:
+    rest = rows - rank
+    return [
+        _scaled("qr", rows, rank, rank, 8 / 3),
+        _scaled("lu", rows, rank, rank, 2 / 3),
+        _scaled("solve", rest, rank, rank, 1),
+        moves(rows * rank, EXCHANGES * rows**0.5 * 5, 8),
+        Step("lu", rank, 1, 2 / 3 * rank**3),
+        _scaled("solve", rest, rank, rank, 1, 2),
+        product("float64", rank, columns, rank),
+    ]
+
+
+def _scaled(curve: str, rows: float, columns: float, inner: float, coefficient: float, times: float = 1.0) -> Step:
+    """What takes `coefficient` operations for each of ROWS x COLUMNS x INNER, as the square case does."""
+    count = rows * columns * inner
+    return Step(curve, count ** (1 / 3), times, coefficient * count * times)

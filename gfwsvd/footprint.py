@@ -1,0 +1,91 @@
+"""How much memory and disk a compression takes, counted from the code as `effort.py` counts its steps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .calibration import HELDOUT_SHARE
+from .effort import NO_SPECTRUM, Shape
+from .methods import method_named
+from .ranks import Candidate, check_keep, check_storage
+from .statistics import HELDOUT_TOKENS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the work: see `calibrate` and `compress`. All statistics are collected, as `gfwsvd calibrate` does, except for
+    a method that needs none."""
+
+    keep: float = 0.8
+    sequences: int = 64
+    seq_len: int = 512
+    batch_size: int = 4
+    sweeps: int = 1
+    method: str = "gfwsvd"
+    storage: str = "pivoted"
+
+    @property
+    def batch_tokens(self) -> int:
+        return min(self.batch_size, self.sequences) * self.seq_len
+
+    @property
+    def heldout(self) -> int:
+        """Sequences that are held out."""
+        return self.sequences // HELDOUT_SHARE
+
+    @property
+    def heldout_tokens(self) -> int:
+        """Tokens of them that are kept of each layer."""
+        return self.heldout and self.heldout * min(self.seq_len, max(1, HELDOUT_TOKENS // self.heldout))
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether the left and the right metric of the method are full matrices."""
+        left, right = method_named(self.method).matrices
+        return left is not None, right is not None
+
+
+def check_settings(settings: Settings) -> None:
+    """GfwsvdError for a share, method or storage that `compress` would not take."""
+    check_keep(settings.keep)
+    method_named(settings.method)
+    check_storage(settings.storage)
+
+
+def stored_numbers(shape: Shape, settings: Settings) -> int:
+    """Numbers that the compressed layers store."""
+    return int(settings.keep * shape.dense)
+
+
+def activation_bytes(shape: Shape, settings: Settings) -> int:
+    """Device memory of a batch: what the forward pass keeps for the backward pass, and the loss's copies of logits."""
+    inputs = sum(d_in for name, (d_in, _) in shape.linears.items() if shape.leads(name))
+    outputs = sum(d_out for _, d_out in shape.linears.values())
+    # In each block the activation of the MLP, and the norms' inputs and outputs in float32
+    block = shape.widest * shape.itemsize + 2 * 2 * 4 * shape.hidden
+    logits = 4 * 4 * shape.vocabulary
+    return settings.batch_tokens * ((inputs + outputs) * shape.itemsize + shape.blocks * block + logits)
+
+
+def statistics_on_disk(shape: Shape, settings: Settings, names: Iterable[str]) -> int:
+    """Bytes of some layers' statistics in files: packed triangles and vectors in float32, held-out tokens in half."""
+    total = 0
+    for name in names:
+        d_in, d_out = shape.linears[name]
+        leads = shape.leads(name)
+        for width, triangles, rows in ((d_in, 1 + leads, leads), (d_out, 2, 1)):
+            total += 4 * triangles * width * (width + 1) // 2 + rows * width * (4 + 2 * settings.heldout_tokens)
+    return total
+
+
+def workspace_bytes(d_in: int, d_out: int, sides: tuple[bool, bool]) -> int:
+    """Memory that the factorisation of a layer takes at its peak, in float64: copies of the metrics (`sides`: whether
+    the left and the right one are full), of the whitened weight and of its Gram matrix."""
+    widest = max(d_out * sides[0], d_in * sides[1])
+    return 8 * (5 * widest**2 + 2 * min(d_in, d_out) ** 2 + 3 * d_in * d_out)
+
+
+def factor_bytes(shape: Shape, settings: Settings) -> int:
+    """Bytes of all layers' factors as they are kept until ranks are chosen: float32, of the largest ranks."""
+    pivoted = settings.storage == "pivoted"
+    ranks = {sizes: Candidate(*sizes[::-1], NO_SPECTRUM, pivoted).largest_rank for sizes in shape.linears.values()}
+    return 4 * sum(ranks[sizes] * sum(sizes) for sizes in shape.linears.values())

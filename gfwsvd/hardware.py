@@ -1,0 +1,216 @@
+"""What a machine can do, measured in a few seconds: how long its operations take by size, its memory and its disk."""
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import GfwsvdError
+
+_LONG = 0.06  # seconds: an operation that took so long is not measured at a larger size
+_SIZES = [64 << power for power in range(7)]
+_BYTES = [1 << power for power in range(14, 31, 2)]
+_FILE = 1 << 25  # bytes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How long an operation takes by its size.
+
+    Attributes:
+        points: (size, seconds), ascending.
+        power: with what power of the size the time grows above the last point.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    power: float
+
+    def seconds(self, size: float) -> float:
+        """Between the points by powers of the size, below the first as there: what is left is the call itself."""
+        sizes = [point[0] for point in self.points]
+        place = bisect_left(sizes, size)
+        if place == 0:
+            return self.points[0][1]
+        low, before = self.points[place - 1]
+        if place == len(sizes):
+            return before * (size / low) ** self.power
+        high, after = self.points[place]
+        return before * (after / before) ** (math.log(size / low) / math.log(high / low))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine.
+
+    Attributes:
+        device: the kind of device that the model is on, "cpu" or "cuda".
+        name: of the device, for people.
+        curves: by operation. "matmul DTYPE" of square matrices and, in float64, "cholesky", "eigh", "qr", "lu" and
+            "solve" (a triangle and as many right-hand sides) by the number of rows; "move", one number times another
+            into new memory, by the bytes that are read.
+        disk_read, disk_write, digest: bytes a second, from and to the disk and through SHA-256.
+        device_memory, host_memory, disk: free bytes; the first two are the same on a CPU.
+    """
+
+    device: str
+    name: str
+    curves: Mapping[str, Curve]
+    disk_read: float
+    disk_write: float
+    digest: float
+    device_memory: int
+    host_memory: int
+    disk: int
+
+
+def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.PathLike[str] = ".") -> Hardware:
+    """Measures what a compression does most, for about three seconds: an idle machine gives the best estimate.
+
+    Args:
+        device: where the model will be.
+        dtype: of its weights.
+        folder: on the disk that will be written to; a file of 32 MiB is there for a moment.
+
+    Raises:
+        GfwsvdError: for a device that is not here, or a folder that cannot be written to.
+    """
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise GfwsvdError(
+            f"there is no device {device} here ({reason}): plan on the machine that will do the work, or give another "
+            "--device"
+        ) from error
+    operations = {f"matmul {str(kind).removeprefix('torch.')}": _matmul(kind) for kind in (torch.float32, dtype)}
+    curves = {name: _curve(start, _SIZES, 3, device) for name, start in (operations | _FLOAT64).items()}
+    curves["move"] = _curve(_move, _BYTES, 1, device)
+    read, write = _disk_rates(Path(folder))
+    on_gpu = device.type == "cuda"
+    host = _host_memory()
+    return Hardware(
+        device=device.type,
+        name=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        curves=curves,
+        disk_read=read,
+        disk_write=write,
+        digest=_digest_rate(),
+        device_memory=torch.cuda.mem_get_info(device)[0] if on_gpu else host,
+        host_memory=host,
+        disk=shutil.disk_usage(folder).free,
+    )
+
+
+Start = Callable[[int, torch.device], Callable[[], object]]  # what prepares an operation of a size on a device
+
+
+def _matmul(dtype: torch.dtype) -> Start:
+    def start(size: int, device: torch.device) -> Callable[[], object]:
+        left = torch.ones(size, size, dtype=dtype, device=device)
+        return lambda: left @ left
+
+    return start
+
+
+def _on_square(operation: Callable[[Tensor], object]) -> Start:
+    """An operation on a well-conditioned symmetric matrix in float64."""
+
+    def start(size: int, device: torch.device) -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        root = torch.randn(size, size, generator=generator, dtype=torch.float64).to(device)
+        square = root + root.T
+        square.diagonal().add_(4 * size**0.5)  # more than its least eigenvalue is below zero
+        return lambda: operation(square)
+
+    return start
+
+
+_FLOAT64: dict[str, Start] = {
+    "matmul float64": _matmul(torch.float64),
+    "cholesky": _on_square(torch.linalg.cholesky_ex),
+    "eigh": _on_square(torch.linalg.eigh),
+    "qr": _on_square(torch.linalg.qr),
+    "lu": _on_square(torch.linalg.lu_factor),
+    "solve": _on_square(lambda square: torch.linalg.solve_triangular(square, square, upper=False)),
+}
+
+
+def _move(size: int, device: torch.device) -> Callable[[], object]:
+    values = torch.ones(size // 4, device=device)
+    return lambda: values * 2.0
+
+
+def _curve(start: Start, sizes: list[int], power: float, device: torch.device) -> Curve:
+    points: list[tuple[float, float]] = []
+    for size in sizes:
+        operation = start(size, device)
+        seconds = _timed(operation, device, 1)
+        if seconds < _LONG or not points:  # a first call is longer: libraries, workspaces, new pages of memory
+            repeats = 1 if seconds > _LONG / 10 else 5
+            seconds = min(_timed(operation, device, repeats) for _ in range(2))
+        points.append((size, seconds))
+        if seconds > _LONG:
+            break
+    return Curve(tuple(points), power)
+
+
+def _timed(operation: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of one of `repeats` calls in a row."""
+    _synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        operation()
+    _synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _disk_rates(folder: Path) -> tuple[float, float]:
+    """Bytes a second that a file is read with, from the disk rather than from memory, and written with."""
+    block = os.urandom(_FILE)  # which no file system makes smaller
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            began = time.perf_counter()
+            file.write(block)
+            os.fsync(file.fileno())
+            written = time.perf_counter() - began
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            began = time.perf_counter()
+            file.read()
+            return _FILE / (time.perf_counter() - began), _FILE / written
+    except OSError as error:
+        raise GfwsvdError(
+            f"no file can be written to {folder.resolve()}: {error}; start where the output is to go"
+        ) from error
+
+
+def _digest_rate() -> float:
+    block = bytes(_FILE // 4)
+    began = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return len(block) / (time.perf_counter() - began)
+
+
+def _host_memory() -> int:
+    """Bytes of memory that a new process can have without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

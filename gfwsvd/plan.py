@@ -1,0 +1,241 @@
+"""What `gfwsvd calibrate` and `gfwsvd compress` will take of a machine, phase by phase, before anything is computed."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .budget import bytes_text, layer_groups, statistics_bytes
+from .effort import Shape, Step, collection, factorisation, flops, model_pass, seconds
+from .errors import GfwsvdError
+from .footprint import (
+    Settings,
+    activation_bytes,
+    check_settings,
+    factor_bytes,
+    statistics_on_disk,
+    stored_numbers,
+    workspace_bytes,
+)
+from .hardware import Hardware
+from .methods import method_named
+
+_SHORTEST = 32  # tokens of a sequence, below which no shorter ones are proposed
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the work.
+
+    Attributes:
+        name: for people.
+        seconds: estimated time.
+        flops: operations of its products and factorisations.
+        device_bytes: most memory of the device; on a CPU zero, since all is in the host's.
+        host_bytes: most memory of the host.
+        disk_bytes: of files that the work makes, at the end of the phase.
+    """
+
+    name: str
+    seconds: float
+    flops: float
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the work takes, and gives.
+
+    Attributes:
+        phases: in order; for `passes`, one for every sweep, which goes over the text once for each group of layers.
+        groups: groups that layers are collected in, so that their statistics fit the memory; 0 without calibration.
+        passes: passes over the text in all.
+        statistics_bytes: of the directory of statistics.
+        dense_bytes, output_bytes: of the weights before and after.
+        speedup: of decoding one text, at most: bytes that a token reads before over those after.
+    """
+
+    device: str
+    groups: int
+    passes: int
+    phases: tuple[Phase, ...]
+    statistics_bytes: int
+    dense_bytes: int
+    output_bytes: int
+    speedup: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values, sums included."""
+        totals = {"seconds": self.seconds, "flops": sum(phase.flops for phase in self.phases)}
+        peaks = {
+            name: max(getattr(phase, name) for phase in self.phases)
+            for name in ("device_bytes", "host_bytes", "disk_bytes")
+        }
+        return {**asdict(self), "phases": [asdict(phase) for phase in self.phases], **totals, **peaks}
+
+
+def plan(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
+    """The `estimate`, of work that finds room.
+
+    Raises:
+        GfwsvdError: settings out of range, or more memory or disk than there is; says what would fit.
+    """
+    check_settings(settings)
+    found = estimate(shape, settings, hardware)
+    for phase in found.phases:
+        for what, needed, there in _rooms(phase, hardware):
+            if needed > there:
+                raise GfwsvdError(
+                    f"{phase.name} needs {bytes_text(needed)} of {what}, {bytes_text(there)} are there: "
+                    f"{_advice(found, shape, settings, hardware)}"
+                )
+    return found
+
+
+def estimate(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
+    """What a model of `shape` takes of `hardware`, whether or not there is so much."""
+    groups = _groups(shape, settings, hardware)
+    phases = tuple(_phases(shape, settings, hardware, groups))
+    stored = stored_numbers(shape, settings)
+    read = shape.parameters - shape.embedding
+    return Plan(
+        device=hardware.name,
+        groups=len(groups),
+        passes=settings.sweeps * len(groups),
+        phases=phases,
+        statistics_bytes=statistics_on_disk(shape, settings, shape.linears) if groups else 0,
+        dense_bytes=shape.parameters * shape.itemsize,
+        output_bytes=(shape.parameters - shape.dense + stored) * shape.itemsize,
+        speedup=read / (read - shape.dense + stored),
+    )
+
+
+def _groups(shape: Shape, settings: Settings, hardware: Hardware) -> list[list[str]]:
+    """The groups that layers are collected in; where not even those of one input find room, as few as these need."""
+    if not method_named(settings.method).needs:
+        return []
+    how: dict[str, Any] = {"sweeps": settings.sweeps, "on_host": hardware.device == "cpu"}
+    room = hardware.device_memory - shape.parameters * shape.itemsize - activation_bytes(shape, settings)
+    families = (
+        [name for name in shape.linears if shape.leaders[name] == leader] for leader in set(shape.leaders.values())
+    )
+    least = max(_collected(shape, family, **how) for family in families)
+    return layer_groups(shape.linears, shape.leaders, max(room, least), **how)
+
+
+def _collected(shape: Shape, names: Iterable[str], *, sweeps: int, on_host: bool) -> int:
+    return sum(statistics_bytes(*shape.linears[name], sweeps=sweeps, on_host=on_host) for name in names)
+
+
+def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[list[str]]) -> Iterator[Phase]:
+    on_cpu = hardware.device == "cpu"
+
+    def phase(
+        name: str,
+        steps: Iterable[Step] = (),
+        *,
+        device: int,
+        host: int = 0,
+        disk: int = 0,
+        read: int = 0,
+        written: int = 0,
+    ) -> Phase:
+        """`host` is what the host holds where it is not the device; `read` and `written` are bytes of files."""
+        steps = list(steps)
+        took = seconds(steps, hardware) + (read / hardware.disk_read + written / hardware.disk_write)
+        took += (read + written) / hardware.digest
+        memory = (0, device) if on_cpu else (device, host)
+        return Phase(name, took, flops(steps), *memory, disk)
+
+    weights = shape.parameters * shape.itemsize
+    yield phase("load", device=weights, host=shape.largest * shape.itemsize, read=weights)
+    statistics = 0
+    if groups:
+        statistics = statistics_on_disk(shape, settings, shape.linears)
+        state = max(statistics_on_disk(shape, settings, names) for names in groups)
+        held = max(_collected(shape, names, sweeps=settings.sweeps, on_host=on_cpu) for names in groups)
+        # Beside what is done lie the last state of a group and that of its present pass
+        room = {"device": weights + activation_bytes(shape, settings) + held, "host": state}
+        for number, steps in enumerate(_sweeps(shape, settings, len(groups), on_cpu), start=1):
+            yield phase(f"calibration sweep {number}", steps, **room, disk=statistics + 2 * state, written=statistics)
+        yield phase("held-out tokens", _others(shape, settings, len(groups)), **room, disk=statistics + 2 * state)
+    pivoted, heldout = settings.storage == "pivoted", settings.heldout_tokens if groups else 0
+    solved = [
+        factorisation(shape, *sizes, keep=settings.keep, sides=settings.sides, pivoted=pivoted, heldout=heldout)
+        for sizes in shape.linears.values()
+    ]
+    smaller = weights - (shape.dense - stored_numbers(shape, settings)) * shape.itemsize
+    workspace = max(workspace_bytes(*sizes, settings.sides) for sizes in shape.linears.values())
+    factors = factor_bytes(shape, settings)
+    yield phase(
+        "factorisation", itertools.chain(*solved), device=weights + workspace, host=workspace // 4, disk=statistics
+    )
+    files = statistics + factors
+    yield phase("factors to disk and back", device=weights + smaller, disk=files, read=files, written=factors)
+    yield phase("writing", device=smaller, host=smaller, disk=files + smaller, written=smaller)
+
+
+def _sweeps(shape: Shape, settings: Settings, groups: int, on_cpu: bool) -> Iterator[list[Step]]:
+    """The passes of each sweep."""
+    tokens = settings.batch_tokens
+    batches = (settings.sequences - settings.heldout) * settings.seq_len / tokens
+    for number in range(settings.sweeps):
+        steps = model_pass(shape, tokens, settings.seq_len, times=batches * groups)
+        yield steps + collection(shape, tokens, first=number == 0, on_cpu=on_cpu, times=batches)
+
+
+def _others(shape: Shape, settings: Settings, groups: int) -> list[Step]:
+    """The forward pass that shows which layers share an input, and the passes over what is held out."""
+    tokens = settings.batch_tokens
+    times = settings.heldout * settings.seq_len / tokens * groups
+    first = model_pass(shape, tokens, settings.seq_len, backward=False)
+    return first + model_pass(shape, tokens, settings.seq_len, times=times)
+
+
+def _rooms(phase: Phase, hardware: Hardware) -> list[tuple[str, int, int]]:
+    """What a phase needs of each resource, and what there is."""
+    return [
+        ("memory of the device", phase.device_bytes, hardware.device_memory),
+        ("memory of the host", phase.host_bytes, hardware.host_memory),
+        ("disk", phase.disk_bytes, hardware.disk),
+    ]
+
+
+def _advice(found: Plan, shape: Shape, settings: Settings, hardware: Hardware) -> str:
+    """What to change so that all fits."""
+    for option, smaller in _smaller(settings):
+        phases = estimate(shape, smaller, hardware).phases
+        if all(needed <= there for phase in phases for _, needed, there in _rooms(phase, hardware)):
+            return f"{option} fits"
+    lacking = []
+    by_resource = zip(*(_rooms(phase, hardware) for phase in found.phases), strict=True)
+    for rooms, advice in zip(by_resource, _LACKING, strict=True):
+        if (most := max(needed for _, needed, _ in rooms)) > rooms[0][2]:
+            lacking.append(advice.format(f"{math.ceil(most / 2**20)}M"))
+    return "it takes " + " and ".join(lacking)
+
+
+_LACKING = (
+    "a device with {0} free (--device-memory {0}) or --device cpu",
+    "a host with {0} free (--host-memory {0})",
+    "{0} of free disk where the command is started",
+)
+
+
+def _smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Smaller batches, then shorter sequences, the text as long as before."""
+    size, length, sequences = settings.batch_size, settings.seq_len, settings.sequences
+    while size > 1:
+        size //= 2
+        yield f"--batch-size {size}", replace(settings, batch_size=size)
+    while length // 2 >= _SHORTEST:
+        length, sequences = length // 2, sequences * 2
+        shorter = replace(settings, batch_size=1, seq_len=length, sequences=sequences)
+        yield f"--batch-size 1 --seq-len {length} --sequences {sequences}", shorter
