@@ -5,6 +5,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -78,13 +79,16 @@ def _limited(hardware: Hardware, device_memory: str | None, host_memory: str | N
 
 
 def _print(name: str, found: Plan) -> None:
-    amounts = [Column(title, justify="right") for title in ("device", "host", "disk", "TFLOP", "time")]
-    table = Table("phase", *amounts, title=f"{name} on {found.device}")
+    resources = {"device": "device_bytes", "host": "host_bytes", "disk": "disk_bytes"}
+    if not any(phase.device_bytes for phase in found.phases):
+        del resources["device"]
+    amounts = [Column(title, justify="right") for title in (*resources, "TFLOP", "time")]
+    table = Table(Column("phase", no_wrap=True), *amounts, title=f"{name} on {found.device}", box=box.SIMPLE)
     for phase in found.phases:
-        memory = (bytes_text(size) if size else "" for size in (phase.device_bytes, phase.host_bytes, phase.disk_bytes))
-        table.add_row(phase.name, *memory, f"{phase.flops / 1e12:.3g}" if phase.flops else "", duration(phase.seconds))
-    console = Console(markup=False)
-    console.print(table)
+        sizes = (getattr(phase, field) for field in resources.values())
+        cells = [bytes_text(size) if size else "" for size in sizes]
+        table.add_row(phase.name, *cells, f"{phase.flops / 1e12:.3g}" if phase.flops else "", duration(phase.seconds))
+    Console(markup=False).print(table)
     values = {
         "time in all": duration(found.seconds),
         "passes over the text": f"{found.passes}, {found.groups} groups of layers" if found.groups else "none",

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calibration import _input_leaders as input_leaders
 from .effort import Shape
 from .errors import GfwsvdError
 from .layers import find_linears, is_linear, weight_shape
+from .losses import forward
 from .sources import quiet
 
 if TYPE_CHECKING:
@@ -36,19 +38,18 @@ def model_shape(spec: str, *, dtype: str | None = None) -> tuple[Shape, str]:
     except GfwsvdError:
         raise
     except Exception as error:  # of many kinds: the readers fail in any way on what they cannot read
-        raise GfwsvdError(f"cannot read the configuration of {spec}: {type(error).__name__}: {error}") from error
+        raise GfwsvdError(
+            f"cannot tell the shape of the model {spec} from its configuration: {type(error).__name__}: {error}"
+        ) from error
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape of a causal language model of transformers, on any device, the "meta" device too.
-
-    Layers that take the same width and have the same parent are supposed to share their input, which only a run of the
-    model can tell for certain: queries, keys and values, or gate and up.
-    """
+    """The shape of a language model of transformers, on any device: on "meta" the run that tells which layers share
+    their input costs nothing."""
     config = model.config.get_text_config()
-    linears = {name: weight_shape(module)[::-1] for name, module in find_linears(model).items()}
-    firsts: dict[tuple[str, int], str] = {}
-    leaders = {name: firsts.setdefault((name.rpartition(".")[0], d_in), name) for name, (d_in, _) in linears.items()}
+    modules = find_linears(model)
+    leaders = input_leaders(model, modules, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, forward)
+    linears = {name: weight_shape(module)[::-1] for name, module in modules.items() if name in leaders}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     weight = next(model.parameters())
@@ -92,5 +93,8 @@ def _skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMode
     named = next((name for name in config.architectures or () if hasattr(transformers, name)), None)
     with torch.device("meta"):
         if named is None:
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return getattr(transformers, named)._from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = getattr(transformers, named)._from_config(config, dtype=dtype)
+    model.config.pad_token_id = None  # or a run would look for it among the tokens, which are not there
+    return model
