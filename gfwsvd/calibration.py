@@ -15,7 +15,7 @@ from .checks import check_tokens
 from .collector import num_rows
 from .errors import GfwsvdError
 from .hooks import frozen, watch
-from .layers import dense_weight, find_linears, fingerprint, weight_shape
+from .layers import dense_weight, find_linears, fingerprint, layer_device, model_device, weight_shape
 from .losses import Batch, Loss, forward, next_token_loss
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .passes import Passes
@@ -152,7 +152,7 @@ def calibrate(
         sizes = {name: weight_shape(module)[::-1] for name, module in reached.items()}
         if start is not None:
             _check_start(start, sizes)
-        room, on_host = None, _device(model).type == "cpu"
+        room, on_host = None, model_device(model).type == "cpu"
         if device_memory is not None or host_memory is not None:
             in_use = _bytes_in_use(model, reached, batches[0], run, backward=backward)
             room = _room(device_memory, host_memory, in_use, on_host=on_host)
@@ -162,7 +162,7 @@ def calibrate(
             linears=reached,
             leaders=leaders,
             sizes=sizes,
-            devices={name: dense_weight(module).device for name, module in reached.items()},
+            devices={name: layer_device(module) for name, module in reached.items()},
             start={} if start is None else start.layers,
             batches=_share(batches, online=online),
             heldout=heldout_batches,
@@ -286,12 +286,8 @@ def _share(batches: Sequence[Batch], *, online: bool) -> Sequence[Batch]:
     return ranked.share(batches)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _to_device(batch: Batch, model: nn.Module) -> Batch:
-    device = _device(model)
+    device = model_device(model)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -317,7 +313,8 @@ def _bytes_in_use(
 ) -> int:
     """Device memory of a calibration besides the statistics: parameters and buffers, what the forward pass of a batch
     keeps for the backward pass, and the copies that a step makes of its largest tensors."""
-    parameters = {id(value): value.nbytes for value in (*model.parameters(), *model.buffers())}
+    resident = (value for value in (*model.parameters(), *model.buffers()) if not value.is_meta)
+    parameters = {id(value): value.nbytes for value in resident}
     weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,6 +78,31 @@ def memory_limits(device_memory: str | None, host_memory: str | None) -> dict[st
     """The arguments of `calibrate` for these options."""
     limits = {"device_memory": device_memory, "host_memory": host_memory}
     return {name: None if text is None else parse_bytes(text) for name, text in limits.items()}
+
+
+def placement(device: str, memory: Mapping[str, int | None]) -> dict[str, Any]:
+    """The arguments of `load_model` for these options: spread over devices, weights take half of what is free, or of
+    the limits; statistics and activations have the rest."""
+    if device != "auto":
+        return {"device": device}
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()  # of each GPU and the host
+    limits = {place: memory["host_memory" if place == "cpu" else "device_memory"] for place in free}
+    return {"device": device, "max_memory": {place: (limits[place] or free[place]) // 2 for place in free}}
+
+
+@contextlib.contextmanager
+def exactly_repeated(wanted: bool) -> Iterator[None]:
+    """Within it, where `wanted`, a GPU gives the same bits at every run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def given_options(context: typer.Context, names: Iterable[str]) -> str:

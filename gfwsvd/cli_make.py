@@ -13,7 +13,18 @@ from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, about_calibration, calibrate, check_settings
 from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
-from .cli_app import app, check_dtype, given_options, in_job, kept_work, memory_limits, mendable, versions
+from .cli_app import (
+    app,
+    check_dtype,
+    exactly_repeated,
+    given_options,
+    in_job,
+    kept_work,
+    memory_limits,
+    mendable,
+    placement,
+    versions,
+)
 from .compress import DAMPING, RANK_MULTIPLE, CompressionReport, about_work, compress
 from .errors import GfwsvdError
 from .folders import check_output_file, check_output_folder
@@ -24,6 +35,7 @@ from .options import (
     BatchSize,
     Bounds,
     Clip,
+    Deterministic,
     Device,
     DeviceMemory,
     Dtype,
@@ -40,6 +52,7 @@ from .options import (
     Seed,
     SeqLen,
     Sequences,
+    SpreadDevice,
     Sweeps,
     Text,
     Unit,
@@ -83,9 +96,10 @@ def calibrate_command(
     ] = None,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: SpreadDevice = "cpu",
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
+    deterministic: Deterministic = False,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
@@ -99,14 +113,14 @@ def calibrate_command(
     memory = memory_limits(device_memory, host_memory)
     begun = None if start is None else load_statistics(start)[0]
     target = check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
-    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
     batches = sources.token_batches(
         sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
     )
     settings: dict[str, Any] = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance}
     settings |= {"online": online, "clip": clip, "seed": seed, "heldout": heldout, "exclude": exclude, **memory}
     about = about_calibration(loaded, batches, start=begun, **settings)
-    with kept_work(target, about) as work:
+    with exactly_repeated(deterministic), kept_work(target, about) as work:
         statistics = calibrate(loaded, batches, start=begun, work=work, track=bar, **settings)
         with shared_errors():
             if rank() == 0:
@@ -170,9 +184,10 @@ def compress_command(
     seed: Seed = 0,
     exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: SpreadDevice = "cpu",
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
+    deterministic: Deterministic = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="also write an HTML report with plots")
     ] = None,
@@ -205,7 +220,7 @@ def compress_command(
         check_output_file(report)
     table = None if latency is None else LatencyTable.load(latency)
     statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
-    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
     batches = None
     if text is not None:
         provenance = _provenance(name, text, sequences, seq_len)
@@ -216,7 +231,7 @@ def compress_command(
     settings |= {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed, "exclude": exclude}
     settings |= memory
     about = about_work(loaded, batches or (), statistics=statistics, **settings)
-    with kept_work(target, about) as work:
+    with exactly_repeated(deterministic), kept_work(target, about) as work:
         result = compress(
             loaded,
             batches,

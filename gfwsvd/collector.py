@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .errors import GfwsvdError
 from .hooks import watch
 from .kronecker import Sketch, Sweep
+from .layers import model_device
 from .losses import Batch, Loss
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import (
@@ -141,7 +142,7 @@ class Collector:
                 stats.squared_parts["input_moment"] = parts
 
     def _run(self, batch: Batch) -> None:
-        device = next(self.model.parameters()).device
+        device = model_device(self.model)
         batch = {name: value.to(device) for name, value in batch.items()}
         mask = batch.get("attention_mask")
         self.mask = mask.bool() if mask is not None and not mask.bool().all() else None

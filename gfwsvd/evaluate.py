@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .calibration import Track, data_sha256, silent
 from .checks import check_causal, check_stride
 from .errors import GfwsvdError
-from .layers import model_sha256
-from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating, model_device
+from .layers import model_device, model_sha256
+from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating
 from .work import Work
 
 if TYPE_CHECKING:

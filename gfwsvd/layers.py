@@ -117,16 +117,39 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def loaded(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of `module`, detached; where accelerate keeps it on the host or on disk until the module runs, it is
+    read from there."""
+    parameter: Tensor | None = getattr(module, name)
+    if parameter is None or not parameter.is_meta or not hasattr(module, "_hf_hook"):
+        return None if parameter is None else parameter.detach()
+    hook: Any = module._hf_hook
+    return hook.weights_map[name]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the inputs of `model` belong: with its first parameter that is in the memory of a device."""
+    return next((value.device for value in model.parameters() if not value.is_meta), torch.device("cpu"))
+
+
+def layer_device(module: nn.Module) -> torch.device:
+    """Where a linear module computes."""
+    weight = cast(Tensor, module.weight)
+    hook: Any = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if weight.is_meta and hook is not None else weight.device
+
+
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear module as (D_OUT, D_IN), a view."""
-    weight = cast(Tensor, module.weight).detach()
+    """The weight of a linear module as (D_OUT, D_IN): a view, or a copy of what is not in the memory of a device."""
+    weight = loaded(module, "weight")
+    assert weight is not None
     return weight.T if is_transposed(module) else weight
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(D_OUT, D_IN) of a linear module."""
-    d_out, d_in = dense_weight(module).shape
-    return d_out, d_in
+    rows, columns = cast(Tensor, module.weight).shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .calibration import Track, silent
 from .checks import check_causal, check_tokens
 from .errors import GfwsvdError
+from .layers import model_device
 
 _PROBE_TOKENS = 128  # of the first window, on which logits from hidden states are compared with the model's own
 
@@ -155,11 +156,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """The device that the model's inputs belong on."""
-    return next(model.parameters()).device
 
 
 def check_windows(windows: Tensor, batch_size: int) -> None:

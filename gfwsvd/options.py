@@ -59,6 +59,15 @@ Dtype = Annotated[
     typer.Option("--dtype", metavar=one_of(DTYPES), help="of the weights; default: the model's own"),
 ]
 Device = Annotated[str, typer.Option("--device", help="such as cpu, cuda or cuda:1")]
+SpreadDevice = Annotated[
+    str,
+    typer.Option(
+        "--device", help="such as cpu, cuda or cuda:1; auto spreads a model larger than one over GPUs, host and disk"
+    ),
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="on a GPU: the same bits at every run, at some cost of time")
+]
 _BYTES = "in bytes or as 80G, 1.5T, 512M"
 DeviceMemory = Annotated[
     str | None,

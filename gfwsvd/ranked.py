@@ -33,6 +33,8 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise GfwsvdError(f"in a job each process takes the model onto a device of its own, got {device}: cpu or cuda")
     if kind == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number:

@@ -12,7 +12,7 @@ from . import pivot
 from .calibration import Statistics
 from .errors import GfwsvdError
 from .guard import chosen_metrics, judged_decomposition
-from .layers import LowRankLinear, dense_weight
+from .layers import LowRankLinear, dense_weight, layer_device, loaded, weight_shape
 from .methods import Method
 from .metrics import Metric, objective
 from .ranks import Candidate, Cost
@@ -72,7 +72,7 @@ def solve(
         work.save(f"{key}.spectrum", spectrum, solution.soundness)  # last: where it is, the factors are
     else:
         solution = Solution(replace(blank, spectrum=kept[0]["spectrum"]), kept[1])
-    return solution, _kept_factors(work, key, name, dense_weight(module).device)
+    return solution, _kept_factors(work, key, name, layer_device(module))
 
 
 def _solved(
@@ -86,7 +86,7 @@ def _solved(
     damping: float,
     guard: bool,
 ) -> tuple[Solution, Tensor, Tensor]:
-    weight = dense_weight(module)
+    weight = dense_weight(module).to(layer_device(module))
     judged = judged_decomposition(
         weight,
         metrics_of(statistics, name, row),
@@ -163,24 +163,25 @@ def low_rank(
 
 def blank_layer(module: nn.Module, rank: int, *, pivoted: bool) -> LowRankLinear:
     """The layer that takes the place of the linear `module`, before its numbers are known."""
-    weight = dense_weight(module)
-    d_out, d_in = weight.shape
-    options = {"pivoted": pivoted, "bias": module.bias is not None}
-    return _like(module, LowRankLinear(d_in, d_out, rank, **options, device=weight.device, dtype=weight.dtype))
+    d_out, d_in = weight_shape(module)
+    dtype = cast(Tensor, module.weight).dtype
+    layer = LowRankLinear(d_in, d_out, rank, pivoted=pivoted, bias=module.bias is not None, dtype=dtype)
+    return _like(module, layer)
 
 
 def _stored_layer(module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool) -> LowRankLinear:
-    dtype = dense_weight(module).dtype
+    dtype = cast(Tensor, module.weight).dtype
     up, down, order = factors[0][:, :rank].clone(), factors[1][:rank].clone(), None
     if pivoted:
         form = pivot.pivoted(up, down)
         up, down, order = form.up, form.down, form.order()
-    bias = cast(Tensor | None, module.bias)
+    bias = loaded(module, "bias")
     return _like(module, LowRankLinear.from_factors(up.to(dtype), down.to(dtype), bias, order))
 
 
 def _like(module: nn.Module, layer: LowRankLinear) -> LowRankLinear:
-    return layer.train(module.training).requires_grad_(cast(Tensor, module.weight).requires_grad)
+    layer = layer.to(layer_device(module)).train(module.training)
+    return layer.requires_grad_(cast(Tensor, module.weight).requires_grad)
 
 
 def _rounding_loss(layer: LowRankLinear, factors: tuple[Tensor, Tensor], metrics: tuple[Metric, Metric]) -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    max_memory: Mapping[int | str, int] | None = None,
     auto_class: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]":
     """A transformers model in eval mode, its tokenizer if it has one, and a name for reports.
@@ -34,7 +35,10 @@ def load_model(
     Args:
         spec: a name on the hub, a transformers folder (a gfwsvd checkpoint is one), or a .gguf file.
         dtype: of the weights, by default what the checkpoint was saved in, and float32 for a .gguf file.
-        device: where the weights go, by default the CPU.
+        device: where the weights go, by default the CPU; "auto" spreads them over GPUs, host and disk, each of which
+            they reach only when they are needed. Activations are then recomputed where a gradient asks for them.
+        max_memory: with "auto", the most bytes of weights on each GPU, by number, and on the "cpu"; by default what is
+            free.
         auto_class: name of the transformers class to load, such as "AutoModel"; by default the architecture that the
             checkpoint names, and AutoModelForCausalLM for a .gguf file.
 
@@ -46,16 +50,17 @@ def load_model(
             tensors that the model needs, a .gguf file has no tokenizer, or something cannot be read.
     """
     path = Path(spec).expanduser()
+    placement = {"device_map": device, "max_memory": max_memory}
     try:
         with quiet():
             if path.suffix == ".gguf":
-                return *_load_gguf(path, dtype, device, auto_class or "AutoModelForCausalLM"), path.name
+                return *_load_gguf(path, dtype, placement, auto_class or "AutoModelForCausalLM"), path.name
             if path.is_dir():
                 _check_folder(path)
-                return *_load_pretrained(str(path), dtype, device, auto_class), path.resolve().name
+                return *_load_pretrained(str(path), dtype, placement, auto_class), path.resolve().name
             if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
                 raise GfwsvdError(f"{spec} is no model: expected a folder, a .gguf file or a name on the hub")
-            return *_load_pretrained(spec, dtype, device, auto_class), spec
+            return *_load_pretrained(spec, dtype, placement, auto_class), spec
     except GfwsvdError:
         raise
     except Exception as error:  # of many kinds: the readers below fail in any way on what they cannot read
@@ -63,7 +68,7 @@ def load_model(
 
 
 def _load_pretrained(
-    spec: str, dtype: torch.dtype | str | None, device: torch.device | str | None, auto_class: str | None
+    spec: str, dtype: torch.dtype | str | None, placement: Mapping[str, Any], auto_class: str | None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
     import transformers
     from transformers.utils.hub import has_file
@@ -72,8 +77,10 @@ def _load_pretrained(
         architectures = transformers.AutoConfig.from_pretrained(spec).architectures or ()
         auto_class = next((name for name in architectures if hasattr(transformers, name)), "AutoModelForCausalLM")
     model, info = _model_class(auto_class).from_pretrained(
-        spec, dtype=dtype or "auto", device_map=device, use_safetensors=True, output_loading_info=True
+        spec, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **placement
     )
+    if any(value.is_meta for value in model.parameters()):  # else autograd would hold every weight it has seen
+        model.gradient_checkpointing_enable()
     if info["missing_keys"]:
         raise GfwsvdError(
             f"{spec} lacks tensors that {type(model).__name__} needs, among them {min(info['missing_keys'])}; "
@@ -84,7 +91,7 @@ def _load_pretrained(
 
 
 def _load_gguf(
-    file: Path, dtype: torch.dtype | str | None, device: torch.device | str | None, auto_class: str
+    file: Path, dtype: torch.dtype | str | None, placement: Mapping[str, Any], auto_class: str
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoTokenizer, GgufConfig
 
@@ -95,7 +102,7 @@ def _load_gguf(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = model_class.from_pretrained(
-            **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype or torch.float32, device_map=device
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype or torch.float32, **placement
         )
     except Exception as error:
         reason = _why_unreadable(file) or f"cannot load {file}: {type(error).__name__}: {error}"

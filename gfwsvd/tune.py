@@ -27,8 +27,8 @@ from .errors import GfwsvdError
 from .evaluate import CHUNK_LOGITS, Evaluation, evaluate
 from .folders import read_json
 from .hooks import frozen
-from .layers import LowRankLinear, model_sha256
-from .logits import LogitsSource, ReferenceLogits, check_windows, model_device
+from .layers import LowRankLinear, model_device, model_sha256
+from .logits import LogitsSource, ReferenceLogits, check_windows
 from .sources import quiet, token_batches, windows
 from .work import open_work
 
