@@ -185,6 +185,9 @@ def about_work(
     Args:
         batches, statistics: as `compress` takes them; batches are read here too.
         settings: plain JSON values: `method`, `keep`, `damping`, `guard`, `storage`, and what a calibration depends on.
+
+    Raises:
+        GfwsvdError: for a model without linear layers, or with low-rank ones.
     """
     _check_dense(model)
     if statistics is None:
