@@ -1,22 +1,25 @@
 """Work in progress on disk: what a long phase has found so far, so that it goes on after any interruption."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GfwsvdError
-from .folders import locked_folder, read_json, write_text
+from .folders import check_seal, locked_folder, read_json, sealed, write_text
 from .ranked import rank, shared_errors
 
-_ABOUT, _VALUES = "about.json", "values"
+_ABOUT, _DESCRIPTION = "about.json", "gfwsvd"
 
 
 class Work:
@@ -37,9 +40,10 @@ class Work:
         """
         file = self.file(name)
         temporary = file.with_suffix(".tmp")  # the folder is locked: no other process writes here
-        metadata = {_VALUES: json.dumps(dict(values), allow_nan=False)}
+        stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        described = sealed({"values": dict(values), "sha256": _digests(stored)})
         try:
-            save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, temporary, metadata)
+            save_file(stored, temporary, {_DESCRIPTION: json.dumps(described, allow_nan=False)})
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
             temporary.replace(file)
@@ -58,13 +62,16 @@ class Work:
         """
         if not self.has(name):
             return None
-        with self._reader(name) as reader:
-            return {key: reader.get_tensor(key) for key in reader.keys()}, _values(reader)  # noqa: SIM118
+        with self._reader(name) as (reader, described):
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+            if _digests(tensors) != described["sha256"]:
+                raise ValueError("its tensors do not have the digests recorded in it")
+        return tensors, described["values"]
 
     def values(self, name: str) -> dict[str, Any]:
-        """The values of a state that is there; GfwsvdError as `load`."""
-        with self._reader(name) as reader:
-            return _values(reader)
+        """The values of a state that is there, without a look at its tensors; GfwsvdError as `load`."""
+        with self._reader(name) as (_, described):
+            return described["values"]
 
     def has(self, name: str) -> bool:
         """Whether there is a state of that name."""
@@ -79,17 +86,27 @@ class Work:
         return self.path / f"{name}.safetensors"
 
     @contextlib.contextmanager
-    def _reader(self, name: str) -> Iterator[Any]:
+    def _reader(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The reader of a state's tensors, and what `save` described it by."""
         file = self.file(name)
         try:
             with safe_open(file, framework="pt") as reader:
-                yield reader
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                described = json.loads((reader.metadata() or {})[_DESCRIPTION])
+                check_seal(file, described)
+                yield reader, described
+        except (OSError, SafetensorError, AttributeError, KeyError, ValueError) as error:
             raise GfwsvdError(f"{file} is no state of work in progress ({error}); remove it to do it again") from error
 
 
-def _values(reader: Any) -> dict[str, Any]:
-    return json.loads((reader.metadata() or {})[_VALUES])
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of the interpreter lock
+        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
