@@ -12,7 +12,8 @@ from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import ablation, demo, overhead, quality, record, serve
+from benchmarks import ablation, demo, overhead, quality, record, scale, serve
+from gfwsvd import hardware
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,15 @@ def test_overhead_measures_every_pass(workspace, tmp_path, monkeypatch):
     (row,) = record.read(results)
     assert row["next_sweep_over_training"] == pytest.approx(row["next_sweep_seconds"] / row["training_seconds"])
     assert {"gfwsvd::gram_accumulate", "gfwsvd::quadratic_form"} <= row["op_shares"].keys()
+
+
+def test_the_benchmark_of_scale_holds_its_plan_beside_what_it_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "_SIZES", [16, 32])
+    monkeypatch.setattr(hardware, "_BYTES", [1 << 14, 1 << 16])
+    sizes = ("--layers", 1, "--sequences", 16, "--seq-len", 16, "--batch", 4, "--sweeps", 2)
+    run(monkeypatch, scale, "--shape", "tiny", *sizes, "--dtype", "float32", "--results", tmp_path / "rows.jsonl")
+    (row,) = record.read(tmp_path / "rows.jsonl")
+    assert row["seconds"].keys() == row["predicted_seconds"].keys()
+    assert set(row["seconds"]) == {"calibration sweep 1", "calibration sweep 2", "factorisation"}
+    assert all(seconds > 0 for seconds in row["predicted_seconds"].values())
+    assert "predicted" in capsys.readouterr().out
