@@ -91,7 +91,8 @@ def _print(name: str, found: Plan) -> None:
     Console(markup=False).print(table)
     values = {
         "time in all": duration(found.seconds),
-        "passes over the text": f"{found.passes}, {found.groups} groups of layers" if found.groups else "none",
+        "passes over the text": found.passes,
+        "groups of layers": found.groups,
         "statistics": bytes_text(found.statistics_bytes),
         "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after",
         "decoding one text": f"at most {found.speedup:.2f} times as fast, the ratio of the bytes that a token reads",

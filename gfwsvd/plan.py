@@ -140,6 +140,7 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
     def phase(
         name: str,
         steps: Iterable[Step] = (),
+        /,
         *,
         device: int,
         host: int = 0,
@@ -163,9 +164,11 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
         held = max(_collected(shape, names, sweeps=settings.sweeps, on_host=on_cpu) for names in groups)
         # Beside what is done lie the last state of a group and that of its present pass
         room = {"device": weights + activation_bytes(shape, settings) + held, "host": state}
+        room["disk"] = statistics + 2 * state
         for number, steps in enumerate(_sweeps(shape, settings, len(groups), on_cpu), start=1):
-            yield phase(f"calibration sweep {number}", steps, **room, disk=statistics + 2 * state, written=statistics)
-        yield phase("held-out tokens", _others(shape, settings, len(groups)), **room, disk=statistics + 2 * state)
+            yield phase(f"calibration sweep {number}", steps, **room)
+        yield phase("held-out tokens", _others(shape, settings, len(groups)), **room)
+        yield phase("statistics to disk", **room, written=(settings.sweeps + 1) * statistics)
     pivoted, heldout = settings.storage == "pivoted", settings.heldout_tokens if groups else 0
     solved = [
         factorisation(shape, *sizes, keep=settings.keep, sides=settings.sides, pivoted=pivoted, heldout=heldout)
