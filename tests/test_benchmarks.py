@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+from tiny_models import tiny_workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
@@ -18,12 +17,7 @@ from gfwsvd import hardware
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmarks")
-    tiny_model("llama").save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    numbers = torch.randint(VOCABULARY, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
-    return folder
+    return tiny_workspace(tmp_path_factory.mktemp("benchmarks"), words=5000)
 
 
 def run(monkeypatch, module, *arguments):

@@ -8,11 +8,10 @@ import sys
 import time
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from gfwsvd.cli import app
-from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+from tiny_models import tiny_model, tiny_workspace
 
 CALIBRATION = ("--sequences", "8", "--seq-len", "16")
 
@@ -20,11 +19,7 @@ CALIBRATION = ("--sequences", "8", "--seq-len", "16")
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A folder with a tiny model, a text and the statistics of both."""
-    folder = tmp_path_factory.mktemp("cli")
-    tiny_model("llama").save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    numbers = torch.randint(VOCABULARY, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    folder = tiny_workspace(tmp_path_factory.mktemp("cli"), words=2000)
     run("calibrate", folder / "model", "--text", folder / "text.txt", *CALIBRATION, "--stats", folder / "stats")
     return folder
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+from tiny_models import tiny_workspace
 
 TESTS = Path(__file__).parent
 TIMES = {"seconds", "calibration_seconds"}
@@ -17,12 +16,7 @@ TIMES = {"seconds", "calibration_seconds"}
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    tiny_model("llama").save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    numbers = torch.randint(VOCABULARY, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
-    return folder
+    return tiny_workspace(tmp_path_factory.mktemp("killed"), words=2000)
 
 
 def _run(*arguments: object, kills: int, longest: float = 0.0) -> int:

@@ -8,17 +8,12 @@ from gfwsvd.calibration import calibrate
 from gfwsvd.cli import app
 from gfwsvd.layers import find_linears, fingerprint
 from gfwsvd.sources import load_model
-from tiny_models import VOCABULARY, random_tokens, tiny_model, word_tokenizer
+from tiny_models import random_tokens, tiny_model, tiny_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("offload")
-    tiny_model("llama").save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    numbers = torch.randint(VOCABULARY, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
-    return folder
+    return tiny_workspace(tmp_path_factory.mktemp("offload"), words=2000)
 
 
 def test_weights_on_disk_have_the_statistics_of_weights_in_memory(workspace):

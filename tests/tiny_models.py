@@ -1,6 +1,7 @@
 """Tiny random models of each kind that the tests cover, built from configurations alone: nothing to download."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,3 +100,13 @@ def word_tokenizer() -> Any:
     backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
+
+
+def tiny_workspace(folder: Path, *, words: int) -> Path:
+    """Writes a tiny Llama with its tokenizer to `folder / "model"` and a text of random words to `folder / "text.txt"`;
+    returns `folder`."""
+    tiny_model("llama").save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    numbers = torch.randint(VOCABULARY, (words,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    return folder
