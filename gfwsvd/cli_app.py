@@ -39,6 +39,10 @@ def mendable(command: Callable[..., None]) -> Callable[..., None]:
         except GfwsvdError as error:
             print(f"gfwsvd: error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            print(f"gfwsvd: error: {reason} Take a smaller batch, or another device; see gfwsvd plan", file=sys.stderr)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             print("gfwsvd: interrupted; nothing half-written is left", file=sys.stderr)
             raise typer.Exit(130) from error

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gfwsvd.cli import app
@@ -146,6 +147,16 @@ def test_an_unknown_choice_is_refused_with_the_choices(workspace, tmp_path, opti
     result = run("compress", "no-such-model", "--stats", "none", "--out", tmp_path / "out", *options, status=1)
     assert f"{options[0][2:]} must be one of" in result.stderr and repr(options[1]) in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_without_memory_is_one_line(workspace, tmp_path, monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    monkeypatch.setattr("gfwsvd.cli_make.calibrate", short)
+    text = ("--text", workspace / "text.txt", *CALIBRATION)
+    result = run("calibrate", workspace / "model", *text, "--stats", tmp_path / "stats", status=1)
+    assert result.stderr.count("\n") == 1 and "allocate 2 GiB. Take a smaller batch" in result.stderr
 
 
 def test_an_existing_folder_is_refused_before_any_work_and_kept(workspace, tmp_path):
