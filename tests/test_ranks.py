@@ -72,6 +72,19 @@ def test_an_allocation_stays_within_the_budget_or_says_that_none_does(candidates
         assert rank is None or layer.stored(rank) < layer.dense, "a low-rank layer stores less than the dense one"
 
 
+@given(models(), st.floats(0.05, 1), st.floats(0.05, 1), st.sampled_from(RANKS), st.integers(1, 3))
+def test_a_larger_keep_is_allocated_where_a_smaller_one_is_and_loses_no_more(candidates, one, other, ranks, multiple):
+    try:
+        less = allocate(candidates, keep=min(one, other), ranks=ranks, rank_multiple=multiple)
+    except GfwsvdError:
+        return
+    more = allocate(candidates, keep=max(one, other), ranks=ranks, rank_multiple=multiple)
+    total = sum(layer.tails()[0].item() for layer in candidates.values())
+    assert _loss(candidates, more) <= _loss(candidates, less) + 1e-9 * total
+    if ranks == "uniform":
+        assert all(layer.stored(more[name]) >= layer.stored(less[name]) for name, layer in candidates.items())
+
+
 def _all_choices(candidates, cost=Candidate.stored):
     """Cost and loss of every allocation there is at rank multiple 1."""
     states = [
