@@ -1,25 +1,24 @@
 """Calibration by several processes: the statistics of one process, a clear end where one is killed, nothing lost."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from job_of_calibration import BATCHES
 
-from gfwsvd import ranked
-from gfwsvd.calibration import Statistics, calibrate
+from gfwsvd import passes, ranked
+from gfwsvd.calibration import Statistics, about_calibration, calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.packed import TENSORS
-from gfwsvd.store import load_statistics
-from tiny_models import tiny_model
+from gfwsvd.store import load_statistics, save_statistics
+from gfwsvd.work import open_job_work
+from processes import exit_codes, start_job
+from tiny_models import random_tokens, tiny_model
 
-TESTS = Path(__file__).parent
-SETTINGS = [
+BATCHES = [{"input_ids": random_tokens(1, 12, seed=seed)} for seed in range(11)]
+SETTINGS: list[dict[str, Any]] = [
     {"sweeps": 2},
     {"unit": "sequence", "sweeps": 2},
     {"labels": "sampled"},
@@ -28,24 +27,33 @@ SETTINGS = [
 ]
 
 
-def _start(folder: Path, processes: int, settings: list[dict], *more: str) -> list[subprocess.Popen]:
-    (folder / "meeting").unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    script = [sys.executable, str(TESTS / "job_of_calibration.py")]
-    return [
-        subprocess.Popen(
-            [*script, str(rank), str(processes), str(folder), json.dumps(settings), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(processes)
-    ]
+def _calibrate(folder: Path, settings: dict[str, Any], killed: int | None = None) -> None:
+    """Leaves in `folder` the statistics, what was run, by rank, and an error. The rank `killed` dies within the second
+    pass, of which two of its batches are kept."""
+    passes.SNAPSHOT_SECONDS = passes.SNAPSHOT_COST = -1
+    seen = folder / f"seen-{ranked.rank()}.txt"
+
+    def track(items: list[Any], description: str) -> Iterator[Any]:
+        with open(seen, "a") as file:
+            file.write(f"{description}: {len(items)}\n")
+        for number, item in enumerate(items):
+            if ranked.rank() == killed and "pass 2" in description and number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+    model = tiny_model("llama")
+    try:
+        with open_job_work(folder / "work", about_calibration(model, BATCHES, **settings)) as work:
+            found = calibrate(model, BATCHES, heldout=1, work=work, track=track, **settings)
+            if ranked.rank() == 0:
+                save_statistics(found, folder / "statistics")
+    except GfwsvdError as error:
+        (folder / f"error-{ranked.rank()}.txt").write_text(str(error))
+        raise SystemExit(3) from error
 
 
-def _ends(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
-    return [process.communicate(timeout=120) for process in processes]
+def _seen(folder: Path, size: int) -> list[list[str]]:
+    return [(folder / f"seen-{rank}.txt").read_text().splitlines() for rank in range(size)]
 
 
 def _assert_same(found: Statistics, expected: Statistics) -> None:
@@ -69,32 +77,34 @@ def _assert_same(found: Statistics, expected: Statistics) -> None:
             assert other.squared_parts[matrix] == pytest.approx(value, rel=1e-4), (name, matrix)
 
 
-def test_a_job_of_two_has_the_statistics_of_one_process(tmp_path):
-    ends = _ends(_start(tmp_path, 2, SETTINGS))
-    assert [error for _, error in ends if "Error" in error] == []
-    for number, settings in enumerate(SETTINGS):
-        expected = calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
-        _assert_same(load_statistics(tmp_path / f"statistics-{number}")[0], expected)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_job_of_two_has_the_statistics_of_one_process(settings, tmp_path):
+    assert exit_codes(start_job(2, _calibrate, tmp_path, settings)) == [0, 0]
+    expected = calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
+    _assert_same(load_statistics(tmp_path / "statistics")[0], expected)
+    first_passes = [[int(line.split()[-1]) for line in lines if "pass 1" in line] for lines in _seen(tmp_path, 2)]
+    assert {part for lines in first_passes for part in lines} == {5}  # of ten batches each has half
+    assert (len(first_passes[0]) > 1) == ("host_memory" in settings)
 
 
 def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(tmp_path):
-    settings, killed = {"sweeps": 2}, 1
-    processes = _start(tmp_path, 3, [settings], str(killed))
-    for _ in range(1200):
-        if (tmp_path / "waiting").exists():
-            break
-        time.sleep(0.1)
-    processes[killed].send_signal(signal.SIGKILL)
-    ends = _ends(processes)
+    settings = SETTINGS[0]
+    codes = exit_codes(start_job(3, _calibrate, tmp_path, settings, 1))
+    assert codes == [3, -signal.SIGKILL, 3]
     for rank in (0, 2):
-        assert processes[rank].returncode == 1
-        assert "lost touch with the others" in ends[rank][1] and "the same command goes on" in ends[rank][1]
-    lines = [output.splitlines() for output, _ in _ends(_start(tmp_path, 3, [settings]))]
+        message = (tmp_path / f"error-{rank}.txt").read_text()
+        assert "lost touch with the others" in message and "the same command goes on" in message
+    for rank in range(3):
+        (tmp_path / f"seen-{rank}.txt").unlink()
+    about = about_calibration(tiny_model("llama"), BATCHES, **settings)
+    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_job_work(tmp_path / "work", about):
+        pass
+    assert exit_codes(start_job(3, _calibrate, tmp_path, settings)) == [0, 0, 0]
+    lines = _seen(tmp_path, 3)
     assert not any("pass 1" in line for part in lines for line in part)  # which was done
-    assert lines[killed][1] == "calibration pass 2 of 2 1"  # of its three batches, two were kept
-    _assert_same(
-        load_statistics(tmp_path / "statistics-0")[0], calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
-    )
+    assert lines[1][0] == "calibration pass 2 of 2: 1"  # of its three batches, two were kept
+    expected = calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
+    _assert_same(load_statistics(tmp_path / "statistics")[0], expected)
 
 
 @pytest.mark.parametrize("settings", [{"online": True}, {"heldout": 10}])

@@ -59,7 +59,7 @@ def test_a_command_that_is_killed_twenty_times_writes_the_same_bytes(command, op
     while killed < 20:
         attempts += 1
         target = tmp_path / f"killed-{attempts}"
-        killed += _run(*arguments, out, target, kills=20 - killed, longest=1.0)
+        killed += _run(*arguments, out, target, kills=20 - killed, longest=0.6)
         _assert_same_files(target, tmp_path / "peace")
         assert not target.with_name(f"{target.name}.work").exists()
     assert not list(tmp_path.glob(".*"))
