@@ -9,18 +9,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from .budget import bytes_text, parse_bytes
-from .cli_app import app, check_dtype, mendable
+from .budget import bytes_text
+from .cli_app import app, check_dtype, memory_limits, mendable
 from .footprint import Settings, check_settings
 from .hardware import Hardware, measure
 from .methods import METHODS
-from .options import BatchSize, Device, Dtype, Json, Model, SeqLen, Sequences, Sweeps, one_of
+from .options import BatchSize, Device, DeviceMemory, Dtype, HostMemory, Json, Model, SeqLen, Sequences, Sweeps, one_of
 from .output import print_values
 from .plan import Plan, plan
 from .ranks import STORAGE
 from .skeleton import model_shape
-
-_BYTES = "AMOUNT"
 
 
 @app.command("plan")
@@ -39,42 +37,37 @@ def plan_command(
     sweeps: Sweeps = 1,
     dtype: Dtype = None,
     device: Device = "cpu",
-    device_memory: Annotated[
-        str | None,
-        typer.Option("--device-memory", metavar=_BYTES, help="such as 80G; default: what is free on the device"),
-    ] = None,
-    host_memory: Annotated[
-        str | None, typer.Option("--host-memory", metavar=_BYTES, help="such as 128G; default: what is free here")
-    ] = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
     json_output: Json = False,
 ) -> None:
     """Tell beforehand what calibrate and compress will take of this machine: memory, disk, time; and what they give.
 
     It reads the configuration of the model, never its weights, measures the machine for a few seconds, and refuses what
-    cannot fit. Start it where the output is to go. Times suppose that nothing else runs, and that the guard is content
-    with its first choice of metrics: it may factor a layer up to four times.
+    cannot fit into the limits of memory, or else into what is free. Start it where the output is to go. Times suppose
+    that nothing else runs, and that the guard is content with its first choice of metrics, of four.
     """
     check_dtype(dtype)
     settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage)
     check_settings(settings)
+    limits = memory_limits(device_memory, host_memory)
     shape, name = model_shape(model, dtype=dtype)
     hardware = measure(device, getattr(torch, shape.dtype))
-    found = plan(shape, settings, _limited(hardware, device_memory, host_memory))
+    found = plan(shape, settings, _limited(hardware, **limits))
     if json_output:
         print_values({"model": name, **found.to_json()}, json_output)
         return
     _print(name, found)
 
 
-def _limited(hardware: Hardware, device_memory: str | None, host_memory: str | None) -> Hardware:
-    """With the memory that is said in place of what was found; on a CPU both are the same."""
-    said = [None if text is None else parse_bytes(text) for text in (device_memory, host_memory)]
+def _limited(hardware: Hardware, *, device_memory: int | None, host_memory: int | None) -> Hardware:
+    """With these limits in place of what was found to be free; on a CPU both are the same memory."""
     if hardware.device == "cpu":
-        said = [min(filter(None, said), default=None)] * 2
+        device_memory = host_memory = min(filter(None, (device_memory, host_memory)), default=None)
     return replace(
         hardware,
-        device_memory=said[0] or hardware.device_memory,
-        host_memory=said[1] or hardware.host_memory,
+        device_memory=device_memory or hardware.device_memory,
+        host_memory=host_memory or hardware.host_memory,
     )
 
 
@@ -92,7 +85,9 @@ def _print(name: str, found: Plan) -> None:
     values = {
         "time in all": duration(found.seconds),
         "passes over the text": found.passes,
-        "groups of layers": found.groups,
+        "groups of layers": f"{found.groups}: give --device-memory to calibrate too"
+        if found.groups > 1
+        else found.groups,
         "statistics": bytes_text(found.statistics_bytes),
         "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after",
         "decoding one text": f"at most {found.speedup:.2f} times as fast, the ratio of the bytes that a token reads",
@@ -105,4 +100,4 @@ def duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.3g} s"

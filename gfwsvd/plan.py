@@ -123,6 +123,8 @@ def _groups(shape: Shape, settings: Settings, hardware: Hardware) -> list[list[s
         return []
     how: dict[str, Any] = {"sweeps": settings.sweeps, "on_host": hardware.device == "cpu"}
     room = hardware.device_memory - shape.parameters * shape.itemsize - activation_bytes(shape, settings)
+    if hardware.device != "cpu":  # the host gets the triangles of a group, half of its squares
+        room = min(room, 2 * hardware.host_memory)
     families = (
         [name for name in shape.linears if shape.leaders[name] == leader] for leader in set(shape.leaders.values())
     )

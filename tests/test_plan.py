@@ -13,6 +13,7 @@ from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained
 from gfwsvd import hardware as hardware_module
 from gfwsvd.calibration import _bytes_in_use
 from gfwsvd.cli import app
+from gfwsvd.cli_plan import duration
 from gfwsvd.effort import flops, model_pass
 from gfwsvd.footprint import Settings, activation_bytes
 from gfwsvd.hardware import Curve, Hardware, measure
@@ -132,6 +133,13 @@ def test_less_memory_makes_more_groups_and_passes_and_longer_sweeps():
     assert max(phase.host_bytes for phase in few.phases) <= 3 << 20
     assert few.phases[1].name == at_once.phases[1].name == "calibration sweep 1"
     assert few.phases[1].seconds > at_once.phases[1].seconds
+
+
+def test_the_memory_of_the_host_limits_the_groups_of_a_gpu_too():
+    shape = shape_of(tiny_model("llama"))
+    planned = plan(shape, SETTINGS, replace(GPU, host_memory=400_000))
+    assert planned.groups > plan(shape, SETTINGS, GPU).groups == 1
+    assert max(phase.host_bytes for phase in planned.phases) <= 400_000
 
 
 def test_a_method_without_statistics_plans_no_passes():
@@ -260,6 +268,10 @@ def test_a_device_that_is_not_here_and_a_folder_that_cannot_be_written_are_error
     monkeypatch.setattr(hardware_module, "_BYTES", [1 << 10])
     with pytest.raises(GfwsvdError, match="no file can be written"):
         measure("cpu", torch.float32, tmp_path / "missing")
+
+
+def test_a_time_is_told_in_the_unit_that_people_would_take():
+    assert [duration(seconds) for seconds in (0.5, 115, 600, 7300)] == ["0.5 s", "115 s", "10 min", "2.03 h"]
 
 
 def run(*arguments, status=0):
