@@ -145,7 +145,7 @@ def calibrate(
     run = loss or (forward if collect == {INPUTS} else next_token_loss(labels, seed))
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
-        leaders = _input_leaders(model, linears, batches[0], loss or forward)
+        leaders = input_leaders(model, linears, batches[0], loss or forward)
         reached = {name: linears[name] for name in linears if name in leaders}
         if not reached:
             raise GfwsvdError(f"no linear layer of {type(model).__name__} ran in the forward pass of the first batch")
@@ -292,7 +292,7 @@ def _to_device(batch: Batch, model: nn.Module) -> Batch:
 
 
 @torch.no_grad()
-def _input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss) -> dict[str, str]:
+def input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss) -> dict[str, str]:
     """For each layer that one forward pass reaches, the first layer that took the very same input (itself, mostly)."""
     inputs: dict[str, list[Tensor]] = {}
     with watch(linears, on_input=lambda name, x: inputs.setdefault(name, []).append(x)):

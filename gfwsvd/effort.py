@@ -12,7 +12,7 @@ import torch
 from .hardware import Hardware
 from .kronecker import PROBES
 from .ranks import Candidate
-from .statistics import _PROBES as PART_PROBES
+from .statistics import PART_PROBES
 
 NO_SPECTRUM = torch.empty(0)  # of a `Candidate` that is not chosen for
 

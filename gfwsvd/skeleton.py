@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import _input_leaders as input_leaders
+from .calibration import input_leaders
 from .effort import Shape
 from .errors import GfwsvdError
 from .layers import find_linears, is_linear, weight_shape

@@ -19,7 +19,7 @@ from .ranked import add_up, summed
 UNITS = ("token", "sequence", "batch")
 LABELS = ("empirical", "sampled")
 HELDOUT_TOKENS = 512  # most tokens of a layer to keep of sequences that are held out
-_PROBES = 8  # by which the squared norms of the parts of a sum are estimated
+PART_PROBES = 8  # by which the squared norms of the parts of a sum are estimated
 
 
 @dataclass
@@ -156,13 +156,13 @@ def gram_parts(rows: Tensor, cu_seqlens: Tensor, weight: Tensor | None = None) -
 
 def part_energy(product: Tensor) -> float:
     """The squared Frobenius norm of a symmetric M, estimated from its product with `part_probes`."""
-    return product.square().sum(dtype=torch.float64).item() / _PROBES
+    return product.square().sum(dtype=torch.float64).item() / PART_PROBES
 
 
 def part_probes(rows: Tensor) -> Tensor:
-    """Gaussian probes for rows (T, D), (D, _PROBES), the same at every call."""
+    """Gaussian probes for rows (T, D), (D, PART_PROBES), the same at every call."""
     generator = torch.Generator().manual_seed(rows.shape[1])
-    return torch.randn(rows.shape[1], _PROBES, generator=generator).to(rows.device)
+    return torch.randn(rows.shape[1], PART_PROBES, generator=generator).to(rows.device)
 
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
