@@ -14,7 +14,7 @@ from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
 from .cli_app import app, check_dtype, given_options, mendable
 from .errors import GfwsvdError
-from .evaluate import evaluate, evaluation_about
+from .evaluate import about_evaluation, evaluate
 from .folders import check_output_file, locked_folder
 from .latency import STEP, measure_latency
 from .options import (
@@ -131,7 +131,7 @@ def eval_command(
         settings: dict[str, Any] = {"stride": stride, "reference": dense, "batch_size": batch_size}
         with contextlib.ExitStack() as stack:
             if work is not None:
-                settings["work"] = stack.enter_context(open_work(work, evaluation_about(loaded, tokens, **settings)))
+                settings["work"] = stack.enter_context(open_work(work, about_evaluation(loaded, tokens, **settings)))
             found = evaluate(loaded, tokens, **settings, track=bar).to_json()
     if asked is not None:
         found |= run_tasks(loaded, tokenizer, asked, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)

@@ -74,7 +74,7 @@ def evaluate(
         stride: that of `gfwsvd.windows`; by default S, windows that do not overlap.
         reference: the model to compare with, or its `ReferenceLogits` of these windows, to evaluate several models.
         batch_size: windows in a forward pass; the result depends on it by rounding only.
-        work: opened for the `evaluation_about` of the same arguments: the sums over the batches that are done are kept
+        work: opened for the `about_evaluation` of the same arguments: the sums over the batches that are done are kept
             there, and an evaluation that was interrupted goes on with them to the same result, to the bit. What is
             kept at the end gives the result again without any pass.
         track: wraps the starts of the batches to show progress.
@@ -118,7 +118,7 @@ def evaluate(
     )
 
 
-def evaluation_about(
+def about_evaluation(
     model: nn.Module,
     windows: Tensor,
     *,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gfwsvd.cli import app
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.evaluate import Evaluation, evaluate, evaluation_about
+from gfwsvd.evaluate import Evaluation, about_evaluation, evaluate
 from gfwsvd.work import open_work
 from tiny_models import random_tokens, tiny_model, word_tokenizer
 
@@ -51,7 +51,7 @@ def timeless(found: Evaluation) -> Evaluation:
 def test_an_interrupted_evaluation_gives_the_same_bits(tmp_path, stops):
     model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
     settings = SETTINGS | {"reference": reference}
-    whole, about = evaluate(model, WINDOWS, **settings), evaluation_about(model, WINDOWS, **settings)
+    whole, about = evaluate(model, WINDOWS, **settings), about_evaluation(model, WINDOWS, **settings)
     seen: list[int] = []
     for stop in stops:
         with pytest.raises(KeyboardInterrupt), open_work(tmp_path / "w", about) as work:
@@ -76,10 +76,10 @@ def test_an_interrupted_evaluation_gives_the_same_bits(tmp_path, stops):
 )
 def test_what_was_kept_of_another_evaluation_is_refused(tmp_path, change, message):
     model = tiny_model("llama")
-    with open_work(tmp_path / "w", evaluation_about(model, WINDOWS, **SETTINGS)) as work:
+    with open_work(tmp_path / "w", about_evaluation(model, WINDOWS, **SETTINGS)) as work:
         evaluate(model, WINDOWS, **SETTINGS, work=work)
     other = {"model": model, "windows": WINDOWS} | SETTINGS | change
-    with pytest.raises(GfwsvdError, match=message), open_work(tmp_path / "w", evaluation_about(**other)):
+    with pytest.raises(GfwsvdError, match=message), open_work(tmp_path / "w", about_evaluation(**other)):
         pass
 
 
@@ -95,7 +95,7 @@ def test_the_sums_are_written_no_more_often_than_asked(tmp_path, monkeypatch):
 KILLED = """
 import json, sys
 import torch
-from gfwsvd.evaluate import evaluate, evaluation_about
+from gfwsvd.evaluate import evaluate, about_evaluation
 from gfwsvd.work import open_work
 from tiny_models import tiny_model
 
@@ -111,7 +111,7 @@ def track(items, _):
         if number == 3:
             sys.stdin.read()  # until the kill
 
-with open_work(sys.argv[1], evaluation_about(model, windows, **settings)) as work:
+with open_work(sys.argv[1], about_evaluation(model, windows, **settings)) as work:
     evaluate(model, windows, **settings, work=work, track=track)
 """
 
@@ -128,7 +128,7 @@ def test_a_killed_evaluation_goes_on_in_another_process(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     seen: list[int] = []
-    with open_work(tmp_path / "w", evaluation_about(model, WINDOWS, **SETTINGS)) as work:
+    with open_work(tmp_path / "w", about_evaluation(model, WINDOWS, **SETTINGS)) as work:
         found = evaluate(model, WINDOWS, **SETTINGS, work=work, track=stopping(99, seen))
     assert seen[0] in (6, 8) and timeless(found) == timeless(evaluate(model, WINDOWS, **SETTINGS))
 
