@@ -71,9 +71,8 @@ class Passes:
             if ranked.rank() == 0:
                 tensors, entries = pack_layers(group.layers)
                 progress = _progress(group)
-                self.work.save(
-                    f"{label}-times", {}, {"seconds": progress.pop("seconds")}
-                )  # else no two files are alike
+                times = {"seconds": progress.pop("seconds")}  # apart, else the files of no two runs would be alike
+                self.work.save(f"{label}-times", {}, times)
                 self.work.save(label, tensors, {"entries": entries, "progress": progress})
                 self.work.discard(f"{label}-passes")
             ranked.gathered(None)  # now all processes can read it
