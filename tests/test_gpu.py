@@ -6,7 +6,9 @@ import pytest
 import torch
 from oracles import symmetric
 
+from gfwsvd import passes
 from gfwsvd.calibration import calibrate
+from gfwsvd.cli_app import exactly_repeated
 from gfwsvd.compress import compress
 from gfwsvd.decoding import GraphDecoder
 from gfwsvd.evaluate import evaluate
@@ -14,14 +16,24 @@ from gfwsvd.fuse import fuse
 from gfwsvd.latency import measure_latency
 from gfwsvd.ranks import STORAGE
 from gfwsvd.statistics import UNITS
-from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
+from gfwsvd.work import open_work
+from tiny_models import CAUSAL_KINDS, VOCABULARY, random_tokens, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 IDS = random_tokens(3, 10)
+BUDGET = 160 << 20  # for `wide_model`: 54 MiB besides statistics, 42 of gate and up, 32 of cuBLAS
 
 
 def _batches():
     return [{"input_ids": random_tokens(4, 24, seed=seed)} for seed in range(4)]
+
+
+def wide_model():
+    """Layers whose statistics take more than the model and its activations: 96 MiB a block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).eval()
 
 
 def _agree(actual, expected, tolerance):
@@ -43,6 +55,52 @@ def test_statistics_are_those_of_the_cpu(kind, unit):
         assert stats.scale == pytest.approx(other.scale, rel=1e-3)
         assert stats.trace == pytest.approx(other.trace, rel=1e-3)
         assert stats.squared_parts == pytest.approx(other.squared_parts, rel=1e-3)
+
+
+def test_a_memory_budget_of_the_gpu_is_kept_in_groups_of_the_same_statistics(tmp_path):
+    model = wide_model().cuda()
+    whole = calibrate(model, _batches(), sweeps=2)
+    peaks = {}
+    for budget in (None, BUDGET):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with open_work(tmp_path / str(budget), {}) as work:
+            found = calibrate(model, _batches(), sweeps=2, device_memory=budget, work=work)
+        peaks[budget] = torch.cuda.max_memory_allocated()
+    assert peaks[BUDGET] <= BUDGET < peaks[None]
+    for name, stats in found.layers.items():
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(whole.layers[name], matrix).cpu()), 1e-5)
+
+
+def test_a_calibration_that_was_interrupted_goes_on_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "SNAPSHOT_SECONDS", -1.0)
+    monkeypatch.setattr(passes, "SNAPSHOT_COST", 0)
+    model = tiny_model("llama").cuda()
+    whole = calibrate(model, _batches(), sweeps=2)
+
+    def track(items, description):
+        for number, item in enumerate(items):
+            if number == 2 and "pass 2" in description:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt), open_work(tmp_path / "work", {}) as work:
+        calibrate(model, _batches(), sweeps=2, work=work, track=track)
+    with open_work(tmp_path / "work", {}) as work:
+        found = calibrate(model, _batches(), sweeps=2, work=work)
+        for name, stats in found.layers.items():
+            for matrix in ("input_moment", "output_moment", "left", "right"):
+                _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(whole.layers[name], matrix).cpu()), 1e-5)
+
+
+def test_deterministic_statistics_have_the_same_bits_at_every_run():
+    model = wide_model().bfloat16().cuda()
+    with exactly_repeated(True):
+        first, second = (calibrate(model, _batches(), sweeps=2) for _ in range(2))
+    for name, stats in first.layers.items():
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            assert torch.equal(getattr(stats, matrix), getattr(second.layers[name], matrix)), (name, matrix)
 
 
 @pytest.mark.parametrize("storage", STORAGE)
