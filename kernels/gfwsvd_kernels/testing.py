@@ -117,7 +117,10 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 @cache
 def shipped_launches(arch: int) -> tuple[Launch, ...]:
-    """The launches that the operators make on an architecture: every tile, with all flags where they may matter."""
+    """The launches that the operators make on an architecture: every tile, with all flags where they may matter.
+
+    Groups use no tensor cores: what their other flags change is compiled for one architecture and in one dtype.
+    """
     target = tiles.Target(arch, tiles.H200.num_sms)
     with recorded_launches() as launches:
         for dtype in (torch.bfloat16, torch.float32):
@@ -125,10 +128,12 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
             _launch_other_flags(dtype, 4096, target)
         _launch_all(torch.float16, 4096, target)
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
-        _launch_groups(target)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for pivoted in (False, True):  # gate and up do the most
+                _launch_group(dtype, 4096, 2, target, with_bias=True, pivoted=pivoted)
         if arch == tiles.H200.arch:
+            _launch_groups(target)
             _launch_ones(target)
-            _launch_candidates(target)
     return tuple({(launch.source().hash(), str(launch.options)): launch for launch in launches}.values())
 
 
@@ -158,11 +163,10 @@ def _packed(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_groups(target: tiles.Target) -> None:
-    """Groups of projections: one, three with biases, gate and up; as they are and pivoted."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for count in (1, 2, 3):
-            for pivoted in (False, True):
-                _launch_group(dtype, 4096, count, target, with_bias=count == 3, pivoted=pivoted)
+    """The other groups of projections: one, three with biases, gate and up; as they are and pivoted."""
+    for count in (1, 2, 3):
+        for pivoted in (False, True):
+            _launch_group(torch.bfloat16, 4096, count, target, with_bias=count == 3, pivoted=pivoted)
     _launch_group(torch.float32, 4095, 2, target, with_bias=True, pivoted=True)
 
 
@@ -189,15 +193,6 @@ def _launch_ones(target: tiles.Target) -> None:
     gram.gram_accumulate(one, one, one[0], target=target)
     quadform.quadratic_form_scale(one, one, one, 1.0, target=target)
     sequence.sequence_unit_step(one, one, one, one, _empty(2, dtype=torch.int64), target=target)
-
-
-def _launch_candidates(target: tiles.Target) -> None:
-    """The tiles that are not shipped yet."""
-    x, A = _empty(8192, 4096, dtype=torch.bfloat16), _empty(4096, 4096)
-    for tile in tiles.CANDIDATES["gram"]:
-        gram.gram_accumulate(A, x, target=target, tile=tile)
-    for tile in tiles.CANDIDATES["quadratic_form"]:
-        quadform.quadratic_form(x, A, target=target, tile=tile)
 
 
 def report(arch: int, number: int) -> dict[str, Any]:

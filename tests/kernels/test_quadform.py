@@ -74,7 +74,7 @@ def test_rows_too_far_apart_for_32_bit_offsets_are_refused_before_a_launch():
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("width", [1, 16, 45, 150, 200])
+@pytest.mark.parametrize("width", [1, 16, 45, SHAPES["many_tiles"][1]])
 def test_a_packed_matrix_gives_the_same_bits(form, width):
     x, A = torch.randn(37, width, device=DEVICE), positive_semidefinite(width)
     assert torch.equal(form(x, pack(A)), form(x, A))
@@ -186,7 +186,7 @@ def test_the_shipped_tiles_give_the_quadratic_form():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 45, 200, 300])
+@pytest.mark.parametrize("width", [1, 45, 300])
 def test_the_prepared_matrix_is_the_folded_lower_triangle_and_zeros_where_tiles_read_beyond_it(dtype, width):
     x, A = torch.empty(1, width, dtype=dtype, device=DEVICE), torch.randn(width, width, device=DEVICE)
     A += A.sign() * 1e-2  # no subnormal numbers of float16

@@ -16,8 +16,13 @@ from gfwsvd_kernels import plan as plans
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter alone runs programs in order")
 
 TILE = tiles.Tile(16, 32, 16, 4, 2)
-TOKENS, WIDTH = 330, 70  # 12 tiles of 21 steps, many of them ragged
-MACHINES = (1, 2, 5, 12, 40)  # numbers of SMs: whole tiles alone, waves and a rest, blocks and ranges
+# What programs do -> (tokens, width, SMs): small, for the interpreter takes its time for every step of every tile
+CASES = {
+    "whole tiles": (90, 70, 1),
+    "waves and a rest": (150, 40, 5),
+    "blocks and their tails": (330, 20, 12),
+    "ranges across tiles": (811, 30, 3),
+}
 ROUNDING = 2.0**-24
 
 
@@ -37,35 +42,36 @@ def arriving(order: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def plan(num_sms: int) -> plans.Plan:
-    return plans.plan(TILE.in_triangle(WIDTH), -(-TOKENS // TILE.depth), num_sms)
+def plan(tokens: int, width: int, num_sms: int) -> plans.Plan:
+    return plans.plan(TILE.in_triangle(width), -(-tokens // TILE.depth), num_sms)
 
 
 def accumulated(x: torch.Tensor, num_sms: int) -> torch.Tensor:
     """What the kernel adds to zeros."""
-    out = torch.zeros(WIDTH, WIDTH)
+    out = torch.zeros(x.shape[1], x.shape[1])
     gram.gram_accumulate(out, x, tile=TILE, target=tiles.Target(90, num_sms))
     return out
 
 
 def emulated(x: torch.Tensor, plan: plans.Plan, order: Sequence[int]) -> torch.Tensor:
     """The same additions without Triton: float32 in a tile, step by step, then into `out` as programs arrive."""
-    corners = places(TILE, WIDTH)
-    rows, cols = TILE.rows * 8, TILE.cols * 4  # with room for the edges of the last tiles
-    padded = np.zeros((plan.steps * TILE.depth, max(rows, cols)), dtype=np.float32)
-    padded[:TOKENS, :WIDTH] = x.numpy()
-    out = np.zeros((rows, cols), dtype=np.float32)
+    tokens, width = x.shape
+    corners = places(TILE, width)
+    side = TILE.rows * 8  # with room for the edges of the last tiles
+    padded = np.zeros((plan.steps * TILE.depth, side), dtype=np.float32)
+    padded[:tokens, :width] = x.numpy()
+    out = np.zeros((side, side), dtype=np.float32)
     for program in order:
         for tile, first, count in plan.segments(program):
             i, j = corners[tile]
             acc = np.zeros((TILE.rows, TILE.cols), dtype=np.float32)
             for step in range(first, first + count):
-                tokens = slice(step * TILE.depth, (step + 1) * TILE.depth)
-                left = np.ascontiguousarray(padded[tokens, i : i + TILE.rows])
-                right = np.ascontiguousarray(padded[tokens, j : j + TILE.cols])
+                steps = slice(step * TILE.depth, (step + 1) * TILE.depth)
+                left = np.ascontiguousarray(padded[steps, i : i + TILE.rows])
+                right = np.ascontiguousarray(padded[steps, j : j + TILE.cols])
                 acc = np.matmul(left.T, right) + acc
             out[i : i + TILE.rows, j : j + TILE.cols] += acc
-    return torch.from_numpy(out[:WIDTH, :WIDTH]).tril()
+    return torch.from_numpy(out[:width, :width]).tril()
 
 
 def orders(programs: int, count: int) -> list[list[int]]:
@@ -74,41 +80,52 @@ def orders(programs: int, count: int) -> list[list[int]]:
     return found + [torch.randperm(programs).tolist() for _ in range(count - 2)]
 
 
-@pytest.mark.parametrize("num_sms", MACHINES)
-def test_the_emulation_has_the_bits_of_the_kernel_in_any_order_of_arrival(num_sms):
-    x = torch.randn(TOKENS, WIDTH)
-    for order in orders(plan(num_sms).programs, 4):
+def test_the_cases_are_what_their_names_say():
+    found = [plan(*case) for case in CASES.values()]
+    assert [(p.waves > 0, p.rest > 0) for p in found] == [(True, False), (True, True), (False, True), (False, True)]
+    assert all(p.steps % p.share for p in found[1:])
+    across = [any(len(p.segments(program)) > p.waves + 1 for program in range(p.programs)) for p in found]
+    assert across == [False, False, False, True]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_emulation_has_the_bits_of_the_kernel_in_any_order_of_arrival(case):
+    tokens, width, num_sms = CASES[case]
+    x, shares = torch.randn(tokens, width), plan(*CASES[case])
+    for order in orders(shares.programs, 3):
         with arriving(order):
-            assert torch.equal(accumulated(x, num_sms).tril(), emulated(x, plan(num_sms), order))
+            assert torch.equal(accumulated(x, num_sms).tril(), emulated(x, shares, order))
 
 
-def test_every_order_of_arrival_adds_every_step_of_every_tile_exactly_once():
+@pytest.mark.parametrize("case", CASES)
+def test_every_order_of_arrival_adds_every_step_of_every_tile_exactly_once(case):
     """Integers, whose sums are exact, so that one lost or doubled step shows in any order."""
-    x = torch.randint(-3, 4, (TOKENS, WIDTH)).float()
+    x, shares = torch.randint(-3, 4, CASES[case][:2]).float(), plan(*CASES[case])
     expected = (x.double().mT @ x.double()).tril()
-    for num_sms in MACHINES:
-        for order in orders(plan(num_sms).programs, 20):
-            assert torch.equal(emulated(x, plan(num_sms), order).double(), expected)
+    for order in orders(shares.programs, 20):
+        assert torch.equal(emulated(x, shares, order).double(), expected)
 
 
-def test_every_order_of_arrival_stays_within_the_bound_of_float32_sums():
-    x = torch.randn(TOKENS, WIDTH)
+@pytest.mark.parametrize("case", CASES)
+def test_every_order_of_arrival_stays_within_the_bound_of_float32_sums(case):
+    x, shares = torch.randn(CASES[case][:2]), plan(*CASES[case])
     exact = (x.double().mT @ x.double()).tril()
-    bound = (TOKENS + 42) * ROUNDING * (x.double().abs().mT @ x.double().abs()).tril()  # at most 21 + 21 more additions
-    results = []
-    for num_sms in MACHINES:
-        for order in orders(plan(num_sms).programs, 20):
-            results.append(emulated(x, plan(num_sms), order))
-            assert ((results[-1].double() - exact).abs() <= bound).all()
-    assert any(not torch.equal(a, b) for a, b in itertools.pairwise(results))  # the order shows in the bits
+    additions = len(x) + 2 * shares.steps  # of products, of steps and into `out`
+    bound = additions * ROUNDING * (x.double().abs().mT @ x.double().abs()).tril()
+    results = [emulated(x, shares, order) for order in orders(shares.programs, 20)]
+    assert all(((result.double() - exact).abs() <= bound).all() for result in results)
+    if shares.steps // shares.share > 1:  # a tile of three or more additions: the order shows in the bits
+        assert any(not torch.equal(a, b) for a, b in itertools.pairwise(results))
 
 
 def test_deterministic_mode_gives_the_same_bits_on_any_machine_in_any_order():
-    x = torch.randn(TOKENS, WIDTH)
-    expected = emulated(x, plan(12), range(12))
+    """6 tiles of 13 steps, which otherwise 40 SMs would cut."""
+    x = torch.randn(200, 40)
+    assert plan(*x.shape, 40).share < 13
+    expected = emulated(x, plan(*x.shape, 6), range(6))
     torch.use_deterministic_algorithms(True)
     try:
-        for num_sms, order in zip(MACHINES, orders(12, len(MACHINES)), strict=True):
+        for num_sms, order in zip((5, 40), orders(6, 3)[1:], strict=True):
             with arriving(order):
                 assert torch.equal(accumulated(x, num_sms).tril(), expected)
     finally:
@@ -116,22 +133,22 @@ def test_deterministic_mode_gives_the_same_bits_on_any_machine_in_any_order():
 
 
 def test_the_last_to_arrive_gives_the_quadratic_form_the_same_bits_in_any_order():
-    """5 blocks of rows of A by 3 blocks of tokens, whose partial sums cancel: another order would show."""
-    x, A = torch.randn(40, 70), torch.randn(70, 70)
+    """4 blocks of rows of A by 2 blocks of tokens, whose partial sums cancel: another order would show."""
+    x, A = torch.randn(20, 60), torch.randn(60, 60)
     A = A + A.mT
     tile = tiles.Tile(16, 16, 16, 4, 2)
     expected = quadform.quadratic_form(x, A, tile=tile)
-    for order in orders(15, 8):
+    for order in orders(8, 5):
         with arriving(order):
             assert torch.equal(quadform.quadratic_form(x, A, tile=tile), expected)
 
 
 def test_partial_sums_are_added_by_the_last_to_arrive_alone():
     """Integers: a sum taken before all have arrived, or twice, is not this one."""
-    x, A = torch.randint(-3, 4, (40, 70)).float(), torch.randint(-3, 4, (70, 70)).float()
+    x, A = torch.randint(-3, 4, (20, 60)).float(), torch.randint(-3, 4, (60, 60)).float()
     A = A + A.mT
     exact = ((x.double() @ A.double()) * x.double()).sum(1)
-    for order in orders(15, 8):
+    for order in orders(8, 5):
         with arriving(order):
             q = quadform.quadratic_form(x, A, tile=tiles.Tile(16, 16, 16, 4, 2))
         assert torch.equal(q.double(), exact)
