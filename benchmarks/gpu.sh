@@ -4,7 +4,7 @@
 # the size of a 7B model. It needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results.
 # docs/gpu.md says more.
 #   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|models ...]     # default: all parts
-#   benchmarks/gpu.sh --dry-run [...]      # the same steps on a CPU at tiny sizes: proves that they run, measures nothing
+#   benchmarks/gpu.sh --dry-run [...]      # each kind of step once on a CPU at tiny sizes: proves that they run, measures nothing
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
@@ -26,19 +26,21 @@ done
 parts=${parts:-tests checks kernels models}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 
-results=$("$python" - "$dry" <<'CHECK'
+found=$("$python" - "$dry" <<'CHECK'
 import sys
 
 try:
     import hypothesis, pytest, safetensors, torch, triton
     from benchmarks.record import file_name
+    from benchmarks.registry import OPS
 except ImportError as error:
     sys.exit(f"{error}: {sys.executable} lacks what the GPU runs need; name another: make gpu PYTHON=/path/to/python")
 if not sys.argv[1] and not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU: check nvidia-smi and the build of torch")
-print(file_name("kernels"))
+print(file_name("kernels"), *(op for op in OPS if not op.startswith("lowrank_group")))
 CHECK
 ) || exit 2
+read -r results ops <<<"$found"
 mkdir -p "$out"
 has() { "$python" -c "import $1" 2>/dev/null; }
 
@@ -80,7 +82,8 @@ fi
 if wants tests; then
     step "tests on the GPU" 120 tests.log \
         "${interpreter[@]}" "${pytest[@]}" tests/kernels/test_cuda.py tests/test_gpu.py tests/test_factorize.py
-    step "tests of every kernel" 80 tests.log "${interpreter[@]}" "${pytest[@]}" tests/kernels \
+    # A dry run collects nothing that the suite does not
+    [ "$dry" ] || step "tests of every kernel" 80 tests.log "${pytest[@]}" tests/kernels \
         --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_aot.py
 fi
 
@@ -89,9 +92,7 @@ wants checks && mapfile -t names < <("$python" -m benchmarks.kernel_names)
 ! wants checks || [ ${#names[@]} -gt 0 ] || failed+=("names of the kernels: none found")
 ways=(ours ours_matmuls)
 groups=(lowrank_group lowrank_group_pivoted)
-mapfile -t others < <("$python" -c '
-from benchmarks.registry import OPS
-print(*(op for op in OPS if not op.startswith("lowrank_group")), sep="\n")')
+read -ra others <<<"$ops"
 small=(-m benchmarks.run --gate-only --shapes tiny --keep 0.8)
 tokens=(--tokens 200 --seq-len 90)
 few=(--tokens 5 40 200)
@@ -117,7 +118,7 @@ if ! wants checks; then
     :
 elif [ "$dry" ] || command -v compute-sanitizer >/dev/null; then
     check memcheck 35
-    check racecheck 20 # what memcheck ran is compiled by now
+    [ "$dry" ] || check racecheck 20 # the same commands; what memcheck ran is compiled by now
 else
     echo "== compute-sanitizer is not on the PATH: no memory and race checks" | tee -a "$out/checks.log"
 fi

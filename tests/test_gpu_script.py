@@ -16,42 +16,50 @@ from benchmarks.kernel_names import kernel_names
 from benchmarks.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = [
-    "tests on the GPU",
-    "tests of every kernel",
-    "memcheck",
-    "memcheck of groups",
-    "racecheck",
-    "racecheck of groups",
-    "benchmarks",
-    "predictions",
-    "tables",
-    "generation",
-    "compression",
-]
+STEPS = {
+    "tests": ["tests on the GPU"],
+    "checks": ["memcheck", "memcheck of groups"],
+    "kernels": ["benchmarks", "predictions", "tables"],
+    "models": ["generation", "compression"],
+}
 
 
-def script(*arguments, **environment):
+def started(*arguments, **environment):
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_dry_run_takes_every_step_and_measures_every_provider(tmp_path):
-    done = script("--dry-run", OUT=str(tmp_path))
-    assert done.returncode == 0, done.stderr + done.stdout[-3000:]
-    assert re.findall(r"^== (.+) \(at most \d+ s", done.stdout, re.MULTILINE) == STEPS
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert len(names) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    (results,) = tmp_path.glob("kernels-*.jsonl")
+def finished(process):
+    """(exit status, the steps it took, standard output, standard error)"""
+    out, err = process.communicate()
+    return process.returncode, re.findall(r"^== (.+) \(at most \d+ s", out, re.MULTILINE), out, err
+
+
+def test_dry_runs_of_the_parts_take_every_step_and_measure_every_provider(tmp_path):
+    """In two scripts at once: starting Python is what takes the time."""
+    sides = [["kernels"], ["tests", "checks", "models"]]
+    running = [started("--dry-run", *parts, OUT=str(tmp_path / parts[0])) for parts in sides]
+    for parts, process in zip(sides, running, strict=True):
+        status, steps, out, err = finished(process)
+        assert status == 0, err + out[-3000:]
+        assert steps == [step for part in parts for step in STEPS[part]]
+    paths = {path.name: path for path in tmp_path.glob("*/*")}
+    assert len(paths) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in paths)
+    (results,) = tmp_path.glob("*/kernels-*.jsonl")
     assert re.fullmatch(r"kernels-[a-z0-9-]+-\d{4}-\d\d-\d\d-\w+(-dirty)?\.jsonl", results.name)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     found = {(row["op"], row["provider"]) for row in rows}
     assert found == {(op, provider) for op, spec in OPS.items() for provider in spec.providers}
     assert {row["status"] for row in rows} == {"ok", "missing"}
-    assert {"kernels.md", "kernels.log", "tests.log", "checks.log", "models.log"} <= {*names}
-    assert "Predicted, not measured" in (tmp_path / "kernels.log").read_text()
-    assert re.search(r"test_cuda\.py: \d+", (tmp_path / "tests.log").read_text())
+    assert {"kernels.md", "kernels.log", "tests.log", "checks.log", "models.log"} <= paths.keys()
+    assert "Predicted, not measured" in paths["kernels.log"].read_text()
+    assert re.search(r"test_cuda\.py: \d+", paths["tests.log"].read_text())
+
+
+def test_the_tests_it_names_are_there():
+    named = re.findall(r"\btests/[\w/.]+", (ROOT / "benchmarks/gpu.sh").read_text())
+    assert len(named) >= 6 and all((ROOT / name).exists() for name in named)
 
 
 def test_the_time_limits_keep_it_under_eight_minutes():
@@ -68,17 +76,16 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 3\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    done = script("--dry-run", OUT=str(tmp_path / "out"), PYTHON=str(python))
-    assert done.returncode == 1 and re.findall(r"^== (.+) \(at most", done.stdout, re.MULTILINE) == STEPS
-    failed = re.findall(r"FAILED: (.+): exit status 3", done.stderr)
-    assert failed == STEPS and "names of the kernels" in done.stderr
+    status, steps, _, err = finished(started("--dry-run", OUT=str(tmp_path / "out"), PYTHON=str(python)))
+    assert status == 1 and steps == [step for part in STEPS.values() for step in part]
+    assert re.findall(r"FAILED: (.+): exit status 3", err) == steps and "names of the kernels" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_it_says_so_and_does_nothing():
-    done = script()
-    assert done.returncode == 2 and "sees no GPU" in done.stderr and done.stdout == ""
-    assert script("--dryrun").returncode == 2
+    status, _, out, err = finished(started())
+    assert status == 2 and "sees no GPU" in err and out == ""
+    assert finished(started("--dryrun"))[0] == 2
 
 
 def test_the_names_of_the_kernels_are_those_in_the_sources(tmp_path):
