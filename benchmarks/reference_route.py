@@ -1,6 +1,6 @@
 """The Kronecker factors of one layer by the published route, stored gradients and Lanczos, and by ours, streamed.
 
-    python -m benchmarks.reference_route --results FILE [--text wiki.train.raw] [--sequences 32] [--repeats 3]
+    python -m benchmarks.reference_route --results FILE [--text wiki.train.raw] [--layer NAME] [--repeats 5]
 
 The published route writes the gradient `G_i = g_iᵀ x_i` of every sample, a sequence, to disk, reads all of them back
 and finds the leading singular triplet of the Van Loan rearrangement `X -> sum_i G_i X G_iᵀ` of their Fisher block with
@@ -12,11 +12,11 @@ one function measures both fits, in float64. In the token unit the bytes of its 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,9 +36,13 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADINGS = ("unit", "route", "passes", "seconds (spread)", "peak MB", "gradients, MB", "residual", "cosine left, right")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_bytes(what: str) -> int:
+    """Of this process, from the kernel: "VmRSS" now, "VmHWM" the most since `forget_peak`."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(route: str, folder: Path, sweeps: int) -> None:
@@ -47,32 +51,36 @@ def work(route: str, folder: Path, sweeps: int) -> None:
     tokens = {name: tensor.clone() for name, tensor in held.items()}  # in memory, and no longer a mapped file
     for offsets in (torch.tensor([0, 2, 4]), torch.arange(5)):  # warm, at sizes that take no memory
         list(ROUTES[route](torch.randn(4, 8), torch.randn(4, 6), offsets, 1))
-    before = peak_bytes()
+    forget_peak()
+    before = memory_bytes("VmRSS")
     for cost, left, right in ROUTES[route](tokens["x"], tokens["g"], tokens["offsets"], sweeps):
-        cost["extra_peak_bytes"] = peak_bytes() - before
+        cost["extra_peak_bytes"] = memory_bytes("VmHWM") - before
         save_file({"left": left, "right": right}, folder / f"{route}-{cost['passes']}.safetensors")
         print(json.dumps(cost), flush=True)
 
 
-def measured(route: str, x: Tensor, g: Tensor, offsets: Tensor, *, sweeps: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each result of a route, its seconds in every repeat, the fit in float64; factors under "factors"."""
+def measured(
+    routes: Sequence[str], x: Tensor, g: Tensor, offsets: Tensor, *, sweeps: int, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each result of each route, run in turn: the seconds of all repeats, sorted, the fit in float64 and the
+    pair of factors under "factors"."""
+    runs: dict[str, list[list[dict[str, Any]]]] = {route: [] for route in routes}
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"x": x, "g": g, "offsets": offsets}, folder / "tokens.safetensors")
-        command = [sys.executable, "-m", "benchmarks.reference_route", "--work", route, name, "--sweeps", str(sweeps)]
-        runs = []
-        for _ in range(repeats):
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.reference_route", "--sweeps", str(sweeps), "--work"]
+        for route in list(routes) * repeats:
+            done = subprocess.run([*command, route, name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise SystemExit(f"the {route} route ended with status {done.returncode}")
-            runs.append([json.loads(line) for line in done.stdout.splitlines()])
-        rows = []
-        for costs in zip(*runs, strict=True):
-            factors = load_file(folder / f"{route}-{costs[0]['passes']}.safetensors")
-            residual = fit_residual(x, g, offsets, factors["left"], factors["right"], costs[0]["scale"])
-            rows.append({"route": route, **costs[0], "residual": residual, "factors": factors})
-            rows[-1]["extra_peak_bytes"] = max(cost["extra_peak_bytes"] for cost in costs)
-            rows[-1]["seconds"] = sorted(cost["seconds"] for cost in costs)
+            runs[route].append([json.loads(line) for line in done.stdout.splitlines()])
+        for route in routes:
+            for costs in zip(*runs[route], strict=True):
+                row = {"route": route, **costs[0], "seconds": sorted(cost["seconds"] for cost in costs)}
+                row["factors"] = load_file(folder / f"{route}-{row['passes']}.safetensors")
+                row["residual"] = fit_residual(x, g, offsets, **row["factors"], scale=row["scale"])
+                rows.append(row)
     return rows
 
 
@@ -85,7 +93,7 @@ def compared(x: Tensor, g: Tensor, seq_len: int, *, sweeps: int, repeats: int) -
     """The rows of both routes in the sequence unit, then of ours in the token unit with the bytes of the other."""
     for unit, length, routes in (("sequence", seq_len, ("published", "streamed")), ("token", 1, ("streamed",))):
         offsets = torch.arange(0, len(x) + 1, length)
-        rows = [row for route in routes for row in measured(route, x, g, offsets, sweeps=sweeps, repeats=repeats)]
+        rows = measured(routes, x, g, offsets, sweeps=sweeps, repeats=repeats)
         best = rows[0 if "published" in routes else -1]["factors"]
         gradient_bytes = 4 * (len(offsets) - 1) * g.shape[1] * x.shape[1]
         for row in rows:
@@ -100,10 +108,10 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="see gfwsvd.load_model; default: SmolLM2-135M")
     parser.add_argument("--layer", default="model.layers.15.mlp.down_proj")
     parser.add_argument("--text", default="pydoc:calibration")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--sweeps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--sweeps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, help="JSON lines to add to")
     parser.add_argument("--work", nargs=2, metavar=("ROUTE", "FOLDER"), help="one run of a route, as a part of this")
     arguments = parser.parse_args()
