@@ -4,7 +4,7 @@
 # the size of a 7B model. It needs no network and installs nothing. Results go to $OUT, or else to benchmarks/results.
 # docs/gpu.md says more.
 #   PYTHON=python3 OUT=folder benchmarks/gpu.sh [tests|checks|kernels|models ...]     # default: all parts
-#   benchmarks/gpu.sh --dry-run [...]      # each kind of step once on a CPU at tiny sizes: proves that they run, measures nothing
+#   benchmarks/gpu.sh --dry-run [...]      # each kind of step once, tiny, on a CPU: proves that they run, measures nothing
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
