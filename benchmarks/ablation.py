@@ -62,6 +62,8 @@ STUDIES = (
     Study("a tenth of the tokens", 1 / 10, _ONE),
     Study("sampled labels", 1 / 10, _ONE, calibration=(("labels", "sampled"),)),
     Study("no clipping", 1 / 10, _ONE, calibration=(("clip", 0.0),)),
+    Study("clipped at the median", 1 / 10, _ONE, calibration=(("clip", 1.0),)),
+    Study("other text, clipped at the median", 1 / 10, _ONE, calibration=(("clip", 1.0),), other=True),
     Study("unit sequence", 1 / 10, _ONE, calibration=(("unit", "sequence"),)),
     Study("unit batch", 1 / 10, _ONE, calibration=(("unit", "batch"),)),
     Study("online", 1 / 10, _ONE, calibration=(("online", True),)),
