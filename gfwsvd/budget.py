@@ -1,6 +1,6 @@
 """How much memory the statistics of a model take, and which layers are collected together within a budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import GfwsvdError
 from .kronecker import PROBES
@@ -10,15 +10,27 @@ _FLOAT, _HALF = 4, 2  # bytes
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def statistics_bytes(d_in: int, d_out: int, *, sweeps: int = 1, on_host: bool = True) -> int:
-    """The most that the statistics of one layer take while a pass collects them: two moments, the new Kronecker factors
-    and, from the second sweep on, those before, a product on its way to a sum, the sketch's probes, held-out tokens; on
-    the host also the triangles on their way to a file, which a GPU hands over one by one."""
-    squares = d_in**2 + d_out**2
-    matrices = squares * (2 if sweeps == 1 else 3)
-    matrices += matrices // 2 if on_host else 0
-    matrices += max(d_in, d_out) ** 2
-    return _FLOAT * (matrices + 2 * PROBES * (d_in + d_out)) + _HALF * HELDOUT_TOKENS * (d_in + d_out)
+def statistics_bytes(sizes: Iterable[tuple[int, int]], *, sweeps: int = 1, online: bool = False) -> int:
+    """The most that the statistics of some layers take while a pass collects them, all sums and one layer in work.
+
+    Args:
+        sizes: (d_in, d_out) of each layer.
+        sweeps, online: see `calibrate`.
+    """
+    sizes = list(sizes)
+    return sum(_held(*size, sweeps=sweeps, online=online) for size in sizes) + max(_in_work(*size) for size in sizes)
+
+
+def _held(d_in: int, d_out: int, *, sweeps: int, online: bool) -> int:
+    """Bytes of the sums of a layer: triangles of two moments, of the new Kronecker factors and, from the second sweep
+    on, of those before, of what weighs samples where that is neither; the sketch's probes, held-out tokens."""
+    triangles = (2 + (sweeps > 1) + online) * (d_in * (d_in + 1) + d_out * (d_out + 1)) // 2
+    return _FLOAT * (triangles + 2 * PROBES * (d_in + d_out)) + _HALF * HELDOUT_TOKENS * (d_in + d_out)
+
+
+def _in_work(d_in: int, d_out: int) -> int:
+    """Bytes of a layer besides: a factor as a full matrix, and two products on their way to a sum."""
+    return 3 * _FLOAT * max(d_in, d_out) ** 2
 
 
 def layer_groups(
@@ -27,7 +39,7 @@ def layer_groups(
     budget: int | None,
     *,
     sweeps: int = 1,
-    on_host: bool = True,
+    online: bool = False,
 ) -> list[list[str]]:
     """The layers, in order, in groups whose statistics fit into `budget` bytes; layers of one input stay together.
 
@@ -35,6 +47,7 @@ def layer_groups(
         sizes: (d_in, d_out) of each layer.
         leaders: of each layer, the first one with the same input; see `calibrate`.
         budget: None for all layers in one group.
+        sweeps, online: see `calibrate`.
 
     Raises:
         GfwsvdError: when the layers of one input alone need more.
@@ -43,19 +56,21 @@ def layer_groups(
     for name in sizes:
         families.setdefault(leaders[name], []).append(name)
     groups: list[list[str]] = []
-    room = 0
+    held = in_work = 0  # of the last group
     for family in families.values():
-        needed = sum(statistics_bytes(*sizes[name], sweeps=sweeps, on_host=on_host) for name in family)
-        if budget is not None and needed > budget:
+        own = sum(_held(*sizes[name], sweeps=sweeps, online=online) for name in family)
+        widest = max(_in_work(*sizes[name]) for name in family)
+        if budget is not None and own + widest > budget:
             raise GfwsvdError(
-                f"the statistics of {_names(family)} take {bytes_text(needed)}, {bytes_text(budget)} are left for "
-                "statistics: give more memory, or smaller batches or shorter sequences, whose activations take the rest"
+                f"the statistics of {_names(family)} take {bytes_text(own + widest)}, {bytes_text(budget)} are left "
+                "for statistics: give more memory, or smaller batches or shorter sequences, whose activations take the "
+                "rest"
             )
-        if not groups or budget is not None and needed > room:
+        if not groups or budget is not None and held + own + max(in_work, widest) > budget:
             groups.append([])
-            room = budget or 0
+            held = in_work = 0
         groups[-1] += family
-        room -= needed
+        held, in_work = held + own, max(in_work, widest)
     return groups
 
 

@@ -26,6 +26,7 @@ from .work import Work
 
 CLIP = 3.0
 HELDOUT_SHARE = 16  # one sequence of so many is held out
+_WORKSPACE = 32 << 20  # bytes of cuBLAS, on a GPU
 _COPIES = 3  # of its largest tensors that a step holds at a time: their gradients, and copies in float32
 
 
@@ -156,7 +157,7 @@ def calibrate(
         if device_memory is not None or host_memory is not None:
             in_use = _bytes_in_use(model, reached, batches[0], run, backward=backward)
             room = _room(device_memory, host_memory, in_use, on_host=on_host)
-        groups = layer_groups(sizes, leaders, room, sweeps=sweeps, on_host=on_host)
+        groups = layer_groups(sizes, leaders, room, sweeps=sweeps, online=online)
         passes = Passes(
             model=model,
             linears=reached,
@@ -209,6 +210,7 @@ def about_calibration(
         "data_sha256": data_sha256(batches),
         "batches": [num_rows(batch) for batch in batches],
         "start": None if start is None else start.data_sha256,
+        "sums": "triangles",  # they were squares once: states of those cannot go on
         "processes": ranked.world_size(),
         **settings,
     }
@@ -302,9 +304,9 @@ def input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Bat
 
 
 def _room(device_memory: int | None, host_memory: int | None, in_use: int, *, on_host: bool) -> int:
-    """Bytes for the statistics of a group on the model's device; half of them, the triangles, go to the host."""
+    """Bytes for the statistics of a group on the model's device, from where they go to the host."""
     device = [] if device_memory is None else [device_memory - in_use]
-    host = [] if host_memory is None else [host_memory - in_use if on_host else 2 * host_memory]
+    host = [] if host_memory is None else [host_memory - in_use if on_host else host_memory]
     return min(device + host)
 
 
@@ -312,7 +314,7 @@ def _bytes_in_use(
     model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss, *, backward: bool
 ) -> int:
     """Device memory of a calibration besides the statistics: parameters and buffers, what the forward pass of a batch
-    keeps for the backward pass, and the copies that a step makes of its largest tensors."""
+    keeps for the backward pass, the copies that a step makes of its largest tensors, and a library's workspace."""
     resident = (value for value in (*model.parameters(), *model.buffers()) if not value.is_meta)
     parameters = {id(value): value.nbytes for value in resident}
     weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
@@ -333,4 +335,5 @@ def _bytes_in_use(
         torch.set_grad_enabled(backward),
     ):
         run(model, _to_device(batch, model))
-    return sum(parameters.values()) + sum(kept.values()) + _COPIES * max(kept.values(), default=0)
+    workspace = 0 if model_device(model).type == "cpu" else _WORKSPACE
+    return sum(parameters.values()) + sum(kept.values()) + _COPIES * max(kept.values(), default=0) + workspace

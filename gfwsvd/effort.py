@@ -118,7 +118,7 @@ def model_pass(shape: Shape, tokens: int, seq_len: int, *, backward: bool = True
 def collection(shape: Shape, tokens: int, *, first: bool, on_cpu: bool, times: float) -> list[Step]:
     """What the statistics of all layers add to a pass over batches of `tokens`; the first also takes the moments."""
     # The norms of the factors, in float64, close the pass
-    steps = [moves(width**2, 12, 8) for sizes in shape.linears.values() for width in sizes]
+    steps = [moves(width**2 / 2, 9, 8) for sizes in shape.linears.values() for width in sizes]
     dtype = "float32" if on_cpu else shape.dtype  # on a CPU sums and their operands are float32
     casts = 4 * (shape.itemsize < 4)  # of rows to float32
     for name in shape.linears:

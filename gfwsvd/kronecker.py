@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step
+from gfwsvd_kernels import gram_accumulate, quadratic_form, sequence_unit_step, symmetrize
 
-from .metrics import inner, kronecker_residual, multiply, norm
+from .metrics import inner, kronecker_residual, norm, packed_diagonal, width
 from .ranked import add_up, gathered, summed
 from .statistics import (
     LayerStatistics,
     add_parts,
+    empty_triangle,
     gram_parts,
     part_energy,
     part_probes,
@@ -54,8 +55,8 @@ class Sweep:
     def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
         """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,)."""
         if self.left is None or self.right is None:
-            self.left = x.new_zeros(self.stats.d_out, self.stats.d_out, dtype=torch.float32)
-            self.right = x.new_zeros(self.stats.d_in, self.stats.d_in, dtype=torch.float32)
+            self.left = empty_triangle(self.stats.d_out, x)
+            self.right = empty_triangle(self.stats.d_in, x)
         elif self.online and self.num_tokens >= 2 * self.renewed_at:
             self.weigh_left, self.weigh_right = _like_identity(self.left), _like_identity(self.right)
             self.renewed_at = self.num_tokens
@@ -134,7 +135,7 @@ class Sweep:
         grown = sizes[0] / scales[0], sizes[1] / scales[1]
         if self.weigh_right is None:  # the identity, whose own fit is the trace
             stats.scale = grown[0] * grown[1] / self.trace if self.trace else 0.0
-            cosine = self.right.diagonal().sum(dtype=torch.float64).item() / stats.d_in**0.5
+            cosine = packed_diagonal(self.right).sum(dtype=torch.float64).item() / stats.d_in**0.5
         else:
             lengths = _norm_of(self.weigh_left), _norm_of(self.weigh_right)
             stats.scale = math.sqrt(grown[0] / lengths[1] * grown[1] / lengths[0])
@@ -151,7 +152,7 @@ class Sweep:
 def _like_identity(factor: Tensor) -> Tensor | None:
     """The direction of a factor, as long as the identity; None, the identity itself, while the factor is zero."""
     length = norm(factor)
-    return factor * (factor.shape[0] ** 0.5 / length) if length else None
+    return factor * (width(factor) ** 0.5 / length) if length else None
 
 
 def _norm_of(metric: Tensor | None) -> float:
@@ -172,9 +173,10 @@ def _energy(matrix: Tensor) -> float:
 def _sample_parts(g: Tensor, x: Tensor, metric: Tensor | None, offsets: Tensor) -> float:
     """The sum over samples of `||g_sᵀ x_s metric x_sᵀ g_s||²`, estimated."""
     total, projected = 0.0, g.float() @ part_probes(g)
+    full = None if metric is None else symmetrize(metric)
     for part in sequences(offsets):
-        seen = multiply(metric, x[part].float().T @ (projected[part]))
-        total += part_energy(g[part].float().T @ (x[part].float() @ seen))
+        seen = x[part].float().T @ projected[part]
+        total += part_energy(g[part].float().T @ (x[part].float() @ (seen if full is None else full @ seen)))
     return total
 
 
@@ -212,7 +214,7 @@ class Sketch:
     def _probed(self, stats: LayerStatistics) -> tuple[Tensor, Tensor]:
         assert stats.left is not None and stats.right is not None
         left, right = (
-            (probes[0] * multiply(metric, probes[1])).sum(0)
+            (probes[0] * (symmetrize(metric.to(probes)) @ probes[1])).sum(0)
             for metric, probes in ((stats.left, self.outputs), (stats.right, self.inputs))
         )
         return left, right

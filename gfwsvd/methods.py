@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gfwsvd_kernels import symmetrize
+
 from .errors import GfwsvdError
-from .metrics import Metric, mean_diagonal
+from .metrics import Metric, mean_diagonal, packed_diagonal
 from .statistics import LayerStatistics
 
 INPUTS, GRADIENTS, KRONECKER = "inputs", "gradients", "kronecker"  # what calibration can collect
@@ -46,6 +48,10 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+def _full(packed: Tensor | None) -> Tensor:
+    return symmetrize(_present(packed))
+
+
 def _second_order(stats: LayerStatistics, num_losses: int) -> float:
     """From a sum over scaled gradient samples to half the curvature of the mean loss."""
     return 0.5 / (num_losses * stats.gradient_scale**2)
@@ -56,23 +62,24 @@ def _fisher_rows(stats: LayerStatistics, num_losses: int) -> Tensor:
 
 
 def _output_moment(stats: LayerStatistics, num_losses: int) -> Tensor:
-    return _present(stats.output_moment).double() * _second_order(stats, num_losses)
+    return _full(stats.output_moment).double() * _second_order(stats, num_losses)
 
 
 def _fisher_left(stats: LayerStatistics, num_losses: int) -> Tensor:
     # Scaled to the trace of the Fisher, not by s1: the fit leaves out energy, and with s1 the predicted loss would lack
     # it, in some layers more than in others. With the trace it is right on average over directions of the error.
-    left, right = _present(stats.left), _present(stats.right)
-    traces = mean_diagonal(left) * stats.d_out * mean_diagonal(right) * stats.d_in
-    return left.double() * (stats.trace / traces * _second_order(stats, num_losses)) if traces else left.double()
+    diagonals = packed_diagonal(_present(stats.left)), packed_diagonal(_present(stats.right))
+    traces = mean_diagonal(diagonals[0]) * stats.d_out * mean_diagonal(diagonals[1]) * stats.d_in
+    left = _full(stats.left).double()
+    return left * (stats.trace / traces * _second_order(stats, num_losses)) if traces else left
 
 
 def _fisher_right(stats: LayerStatistics) -> Tensor:
-    return _present(stats.right)
+    return _full(stats.right)
 
 
 def _input_moment(stats: LayerStatistics) -> Tensor:
-    return _present(stats.input_moment).double() / stats.num_tokens
+    return _full(stats.input_moment).double() / stats.num_tokens
 
 
 def _input_abs(stats: LayerStatistics) -> Tensor:

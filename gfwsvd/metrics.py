@@ -4,31 +4,43 @@ A metric is `None` (the identity), a vector (D,) (a diagonal), or a matrix (D, D
 A method picks a `left` metric over outputs and a `right` metric over inputs; the objective is `tr(Eᵀ left E right)`.
 """
 
+from math import isqrt
+
 import torch
 from torch import Tensor
 
+from gfwsvd_kernels import pack, symmetrize
+
 Metric = Tensor | None
 
+_PIECE = 1 << 20  # numbers, of which float64 copies stay small
 
-def symmetrize(lower: Tensor) -> Tensor:
-    """The full symmetric matrix of a lower triangle; what stands above the diagonal is ignored."""
-    strict = lower.tril(-1)
-    return strict + strict.T + torch.diag(lower.diagonal())
+
+def width(packed: Tensor) -> int:
+    """The D of a packed triangle (D (D + 1) / 2,)."""
+    return isqrt(2 * packed.shape[0])
+
+
+def packed_diagonal(packed: Tensor) -> Tensor:
+    """The diagonal (D,) of a packed triangle (D (D + 1) / 2,); a copy."""
+    rows = torch.arange(1, width(packed) + 1, device=packed.device)
+    return packed[rows * (rows + 1) // 2 - 1]
 
 
 def inner(first: Tensor, second: Tensor) -> float:
-    """Frobenius inner product of two symmetric matrices (D, D), from their lower triangles, in float64."""
-    total = 0.0
-    for start in range(0, first.shape[0], 512):  # float64 copies stay small
-        rows = slice(start, start + 512)
-        a, b = first[rows].tril(start).double(), second[rows].tril(start).double()
-        total += 2 * (a * b).sum().item() - (a.diagonal(start) * b.diagonal(start)).sum().item()
-    return total
+    """Frobenius inner product of two symmetric matrices, given as packed triangles (D (D + 1) / 2,), in float64."""
+    pieces = zip(first.split(_PIECE), second.split(_PIECE), strict=True)
+    twice = 2 * sum(_dot(a, b) for a, b in pieces)
+    return twice - _dot(packed_diagonal(first), packed_diagonal(second))
 
 
-def norm(lower: Tensor) -> float:
-    """Frobenius norm of the symmetric matrix whose lower triangle is given, in float64."""
-    return max(inner(lower, lower), 0.0) ** 0.5
+def _dot(first: Tensor, second: Tensor) -> float:
+    return (first.double() * second.double()).sum().item()
+
+
+def norm(packed: Tensor) -> float:
+    """Frobenius norm of the symmetric matrix whose packed triangle (D (D + 1) / 2,) is given, in float64."""
+    return max(inner(packed, packed), 0.0) ** 0.5
 
 
 def mean_diagonal(metric: Metric) -> float:
@@ -45,7 +57,8 @@ def shrinkage(metric: Tensor, noise: float) -> float:
     Args:
         noise: expected squared distance of `metric` to the truth, as a share of its own squared norm.
     """
-    energy = inner(metric, metric)
+    packed = pack(metric)
+    energy = inner(packed, packed)
     around_sphere = energy - metric.shape[0] * mean_diagonal(metric) ** 2
     return min(noise * energy / around_sphere, 1.0) if around_sphere > 0 else 1.0
 

@@ -1,5 +1,5 @@
-"""Statistics of layers as named tensors and plain numbers, as they lie on disk: symmetric matrices as lower triangles,
-row by row, and a tensor that several layers share once."""
+"""Statistics of layers as named tensors and plain numbers, as they lie on disk: a tensor that several layers share
+once."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,20 +21,8 @@ TENSORS = _TRIANGLES | _VECTORS | _ROWS
 NUMBERS = [field.name for field in fields(LayerStatistics) if field.name not in TENSORS]
 
 
-def pack(lower: Tensor) -> Tensor:
-    """The lower triangle of (D, D), row by row, (D (D + 1) / 2,)."""
-    return lower[torch.ones_like(lower, dtype=torch.bool).tril_()]
-
-
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """The lower triangle (size, size) that `pack` packed, zeros above the diagonal."""
-    lower = packed.new_zeros(size, size)
-    lower[torch.ones_like(lower, dtype=torch.bool).tril_()] = packed
-    return lower
-
-
 def pack_layers(layers: Mapping[str, LayerStatistics]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU by key; and of each layer its numbers, and the keys of its tensors by field."""
+    """Tensors by key; and of each layer its numbers, and the keys of its tensors by field."""
     keys: dict[int, str] = {}  # of shared tensors: that of the first layer
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
@@ -43,8 +31,7 @@ def pack_layers(layers: Mapping[str, LayerStatistics]) -> tuple[dict[str, Tensor
         for field in TENSORS:
             if (value := getattr(stats, field)) is not None:
                 key = stored[field] = keys.setdefault(id(value), f"{name}.{field}")
-                if key not in tensors:
-                    tensors[key] = (pack(value) if field in _TRIANGLES else value).cpu().contiguous()
+                tensors[key] = value
         entries[name] = {**{number: getattr(stats, number) for number in NUMBERS}, "tensors": stored}
     return tensors, entries
 
@@ -59,7 +46,7 @@ def unpack_layers(
         layers[name] = LayerStatistics(**{number: entry[number] for number in NUMBERS})
         for field, key in entry["tensors"].items():
             if key not in shared:
-                shared[key] = _unpacked(tensors[key].to(devices[name]), field, entry)
+                shared[key] = tensors[key].to(devices[name])
             setattr(layers[name], field, shared[key])
     return layers
 
@@ -81,7 +68,7 @@ class StoredLayer(LayerStatistics):
             return None
         try:
             with safe_open(self.file, framework="pt") as reader:
-                value = _unpacked(reader.get_tensor(key), field, self.entry)
+                value: Tensor = reader.get_tensor(key)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise GfwsvdError(f"cannot read {key} of {self.file} ({error}); calibrate again") from error
         if not torch.isfinite(value).all():
@@ -104,7 +91,3 @@ def check_entry(name: str, entry: Mapping[str, Any], headers: Mapping[str, Tenso
         expected = (size * (size + 1) // 2,) if field in _TRIANGLES else (*shape[:-1], size)
         if shape != expected or len(shape) != (2 if field in _ROWS else 1):
             raise GfwsvdError(f"{headers[key].file}: {key} of layer {name} is of shape {shape}; calibrate again")
-
-
-def _unpacked(value: Tensor, field: str, entry: Mapping[str, Any]) -> Tensor:
-    return unpack(value, entry[_TRIANGLES[field]]) if field in _TRIANGLES else value

@@ -161,7 +161,8 @@ class Passes:
             layers = {name: LayerStatistics(*self.sizes[name]) for name in names}
             for name, stats in layers.items():
                 if name in self.start:
-                    stats.left, stats.right = self.start[name].left, self.start[name].right
+                    factors = self.start[name].left, self.start[name].right
+                    stats.left, stats.right = (None if it is None else it.to(self.devices[name]) for it in factors)
             group = Group(layers)
         else:
             group = self._restored(*found)

@@ -121,19 +121,18 @@ def _groups(shape: Shape, settings: Settings, hardware: Hardware) -> list[list[s
     """The groups that layers are collected in; where not even those of one input find room, as few as these need."""
     if not method_named(settings.method).needs:
         return []
-    how: dict[str, Any] = {"sweeps": settings.sweeps, "on_host": hardware.device == "cpu"}
     room = hardware.device_memory - shape.parameters * shape.itemsize - activation_bytes(shape, settings)
-    if hardware.device != "cpu":  # the host gets the triangles of a group, half of its squares
-        room = min(room, 2 * hardware.host_memory)
+    if hardware.device != "cpu":  # the host gets the sums of a group, to write them
+        room = min(room, hardware.host_memory)
     families = (
         [name for name in shape.linears if shape.leaders[name] == leader] for leader in set(shape.leaders.values())
     )
-    least = max(_collected(shape, family, **how) for family in families)
-    return layer_groups(shape.linears, shape.leaders, max(room, least), **how)
+    least = max(_collected(shape, settings, family) for family in families)
+    return layer_groups(shape.linears, shape.leaders, max(room, least), sweeps=settings.sweeps)
 
 
-def _collected(shape: Shape, names: Iterable[str], *, sweeps: int, on_host: bool) -> int:
-    return sum(statistics_bytes(*shape.linears[name], sweeps=sweeps, on_host=on_host) for name in names)
+def _collected(shape: Shape, settings: Settings, names: Iterable[str]) -> int:
+    return statistics_bytes((shape.linears[name] for name in names), sweeps=settings.sweeps)
 
 
 def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[list[str]]) -> Iterator[Phase]:
@@ -163,7 +162,7 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
     if groups:
         statistics = statistics_on_disk(shape, settings, shape.linears)
         state = max(statistics_on_disk(shape, settings, names) for names in groups)
-        held = max(_collected(shape, names, sweeps=settings.sweeps, on_host=on_cpu) for names in groups)
+        held = max(_collected(shape, settings, names) for names in groups)
         # Beside what is done lie the last state of a group and that of its present pass
         room = {"device": weights + activation_bytes(shape, settings) + held, "host": state}
         room["disk"] = statistics + 2 * state

@@ -24,16 +24,17 @@ PART_PROBES = 8  # by which the squared norms of the parts of a sum are estimate
 
 @dataclass
 class LayerStatistics:
-    """What is known of one layer; matrices are float32 and hold their lower triangle.
+    """What is known of one layer; matrices are symmetric and float32, their lower triangles packed row by row as
+    `gfwsvd_kernels.pack` does: D (D + 1) / 2 numbers of (D, D).
 
     Attributes:
         d_in, d_out: the layer's sizes.
         num_tokens: rows accumulated in one pass.
-        input_moment: `sum x xᵀ` (D_IN, D_IN); layers with the same input share one tensor (and `input_abs`).
+        input_moment: `sum x xᵀ`, of D_IN; layers with the same input share one tensor (and `input_abs`).
         input_abs: `sum |x|` (D_IN,).
-        output_moment: `sum g gᵀ` (D_OUT, D_OUT), of scaled gradients.
+        output_moment: `sum g gᵀ`, of D_OUT and of scaled gradients.
         fisher_rows: sum over tokens of the squared gradients of each weight row (D_OUT,), of scaled gradients.
-        left, right: the Kronecker factors, of Frobenius norm one.
+        left, right: the Kronecker factors, of D_OUT and of D_IN, of Frobenius norm one.
         scale: s1, so that `scale * left ⊗ right` fits the sum over samples of scaled gradients best.
         trace: `sum ||G_i||²`, the trace of what is fitted.
         gradient_scale: the power of two that gradients were multiplied by, which keeps fourth orders in range.
@@ -116,10 +117,15 @@ def _row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
 
+def empty_triangle(size: int, rows: Tensor) -> Tensor:
+    """A packed triangle of zeros, (size (size + 1) / 2,) float32, where `rows` are."""
+    return rows.new_zeros(size * (size + 1) // 2, dtype=torch.float32)
+
+
 def accumulate_inputs(stats: LayerStatistics, x: Tensor, cu_seqlens: Tensor) -> None:
     """Adds a batch of inputs `x (T, D_IN)`, with offsets of sequences (N + 1,), to `input_abs` and `input_moment`."""
     if stats.input_moment is None or stats.input_abs is None:
-        stats.input_moment = x.new_zeros(stats.d_in, stats.d_in, dtype=torch.float32)
+        stats.input_moment = empty_triangle(stats.d_in, x)
         stats.input_abs = x.new_zeros(stats.d_in, dtype=torch.float32)
     gram_accumulate(stats.input_moment, x)
     stats.input_abs += x.abs().sum(0, dtype=torch.float32)
@@ -130,7 +136,7 @@ def accumulate_outputs(stats: LayerStatistics, x: Tensor, g: Tensor, cu_seqlens:
     """Adds a batch of inputs `x (T, D_IN)` and scaled gradients `g (T, D_OUT)`, with offsets of sequences (N + 1,), to
     `output_moment` and `fisher_rows`."""
     if stats.output_moment is None or stats.fisher_rows is None:
-        stats.output_moment = g.new_zeros(stats.d_out, stats.d_out, dtype=torch.float32)
+        stats.output_moment = empty_triangle(stats.d_out, g)
         stats.fisher_rows = g.new_zeros(stats.d_out, dtype=torch.float32)
     gram_accumulate(stats.output_moment, g)
     stats.fisher_rows += squared_norms(x) @ g.float().square()

@@ -25,6 +25,7 @@ from .folders import (
     sha256_file,
     write_json,
 )
+from .host import to_host
 from .packed import TENSORS, StoredLayer, check_entry, pack_layers
 from .statistics import LayerStatistics
 
@@ -82,7 +83,7 @@ def _shards(layers: Mapping[str, LayerStatistics]) -> Iterator[list[str]]:
         else:
             values = [value for field in TENSORS if (value := getattr(stats, field)) is not None]
             new = [value for value in values if id(value) not in seen]
-            size += sum(value.nbytes // 2 if value.dim() == 2 else value.nbytes for value in new)
+            size += sum(value.nbytes for value in new)
             begins = source is not None or size > _SHARD_BYTES and len(new) == len(values)
             source = None
             seen |= {id(value) for value in new}
@@ -103,7 +104,7 @@ def _write_shard(file: Path, layers: Mapping[str, LayerStatistics]) -> dict[str,
             shutil.copyfile(first.file, file)
         return {name: dict(stats.entry) for name, stats in layers.items() if isinstance(stats, StoredLayer)}
     tensors, entries = pack_layers(layers)
-    save_file(tensors, file)
+    save_file(to_host(tensors), file)
     return entries
 
 

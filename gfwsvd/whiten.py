@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gfwsvd_kernels import symmetrize
+
 from .errors import GfwsvdError
-from .metrics import Metric, mean_diagonal, symmetrize
+from .metrics import Metric, mean_diagonal
 
 _EIGENVALUE_FLOOR = 1e-12  # of the largest eigenvalue, where Cholesky refuses
 _POWER_STEPS = 12

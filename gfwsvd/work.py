@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import GfwsvdError
 from .folders import check_seal, locked_folder, read_json, sealed, write_text
+from .host import to_host
 from .ranked import rank, shared_errors
 
 _ABOUT, _DESCRIPTION = "about.json", "gfwsvd"
@@ -40,7 +41,7 @@ class Work:
         """
         file = self.file(name)
         temporary = file.with_suffix(".tmp")  # the folder is locked: no other process writes here
-        stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        stored = to_host(tensors)
         described = sealed({"values": dict(values), "sha256": _digests(stored)})
         try:
             save_file(stored, temporary, {_DESCRIPTION: json.dumps(described, allow_nan=False)})

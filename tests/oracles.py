@@ -5,7 +5,12 @@ from torch import Tensor, nn
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """The full float64 matrix of a lower triangle."""
+    """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,)."""
+    if lower.dim() == 1:
+        size = round((2 * len(lower) + 0.25) ** 0.5 - 0.5)
+        square = torch.zeros(size, size, dtype=torch.float64)
+        square[torch.tril_indices(size, size).unbind()] = lower.double()
+        return symmetric(square)
     lower = torch.tril(lower.double())
     return lower + lower.T - torch.diag(torch.diag(lower))
 

@@ -27,33 +27,37 @@ def models(draw):
     return sizes, leaders
 
 
-@given(models(), st.integers(1, 4), st.floats(0, 1))
-def test_groups_hold_every_layer_once_fit_the_budget_and_are_as_few_as_their_order_allows(model, sweeps, share):
+@given(models(), st.integers(1, 4), st.booleans(), st.floats(0, 1))
+def test_groups_hold_every_layer_once_fit_the_budget_and_are_as_few_as_their_order_allows(model, sweeps, online, share):
     sizes, leaders = model
-    bytes_of = {name: statistics_bytes(*size, sweeps=sweeps) for name, size in sizes.items()}
     families = {name: [other for other in sizes if leaders[other] == name] for name in dict.fromkeys(leaders.values())}
-    needs = {name: sum(bytes_of[member] for member in members) for name, members in families.items()}
-    least, most = max(needs.values()), sum(needs.values())
+
+    def needed(names):
+        return statistics_bytes([sizes[name] for name in names], sweeps=sweeps, online=online)
+
+    least, most = max(map(needed, families.values())), needed(sizes)
     budget = least + int(share * (most - least))
-    groups = layer_groups(sizes, leaders, budget, sweeps=sweeps)
+    groups = layer_groups(sizes, leaders, budget, sweeps=sweeps, online=online)
     assert [name for group in groups for name in group] == [name for members in families.values() for name in members]
-    room = [sum(bytes_of[name] for name in group) for group in groups]
-    assert all(0 < size <= budget for size in room)
-    for size, after in zip(room, groups[1:], strict=False):
-        assert size + needs[leaders[after[0]]] > budget, "the first family of the next group would have fitted"
+    assert all(0 < needed(group) <= budget for group in groups)
+    for group, after in zip(groups, groups[1:], strict=False):
+        more = group + families[leaders[after[0]]]
+        assert needed(more) > budget, "the first family of the next group would have fitted"
     for members in families.values():
         assert sum(set(members) <= set(group) for group in groups) == 1
     assert layer_groups(sizes, leaders, None, sweeps=sweeps) == [[name for group in groups for name in group]]
     with pytest.raises(GfwsvdError, match="take .* are left for statistics"):
-        layer_groups(sizes, leaders, least - 1, sweeps=sweeps)
+        layer_groups(sizes, leaders, least - 1, sweeps=sweeps, online=online)
 
 
 @given(SIZES, SIZES, st.integers(1, 9))
 def test_statistics_take_more_with_larger_layers_and_more_sweeps(d_in, d_out, sweeps):
-    size = statistics_bytes(d_in, d_out, sweeps=sweeps)
-    assert statistics_bytes(d_in + 1, d_out, sweeps=sweeps) > size < statistics_bytes(d_in, d_out + 1, sweeps=sweeps)
-    assert statistics_bytes(d_in, d_out, sweeps=sweeps + 1) >= size
-    assert size >= 4 * 2 * (d_in**2 + d_out**2), "the moments and the factors alone"
+    size = statistics_bytes([(d_in, d_out)], sweeps=sweeps)
+    assert statistics_bytes([(d_in + 1, d_out)], sweeps=sweeps) > size
+    assert statistics_bytes([(d_in, d_out + 1)], sweeps=sweeps) > size
+    assert statistics_bytes([(d_in, d_out)], sweeps=sweeps + 1) >= size
+    assert statistics_bytes([(d_in, d_out)], sweeps=sweeps, online=True) > size
+    assert size >= 4 * (d_in**2 + d_out**2), "the triangles of the moments and the factors alone"
 
 
 @given(

@@ -17,6 +17,7 @@ LAYERS = {
     "gfwsvd.checks": 1,
     "gfwsvd.folders": 1,
     "gfwsvd.work": 1,
+    "gfwsvd.host": 1,
     "gfwsvd.ranked": 1,
     "gfwsvd.track": 1,
     "gfwsvd.metrics": 1,

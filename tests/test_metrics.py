@@ -6,7 +6,18 @@ import pytest
 import torch
 from oracles import gradient_samples, kronecker_tokens, nan_above, nearest_kronecker, psd, rearranged, symmetric
 
-from gfwsvd.metrics import inner, kronecker_residual, mean_diagonal, multiply, norm, objective, shrinkage, symmetrize
+from gfwsvd.metrics import (
+    inner,
+    kronecker_residual,
+    mean_diagonal,
+    multiply,
+    norm,
+    objective,
+    packed_diagonal,
+    shrinkage,
+    width,
+)
+from gfwsvd_kernels import pack
 
 D_OUT, D_IN = 5, 7
 
@@ -34,26 +45,24 @@ def test_shrinkage_of_pure_chance_and_of_the_identity_leaves_the_identity():
     assert shrinkage(psd(5), 0.0) == 0
 
 
-def test_symmetrize_reads_the_lower_triangle_alone():
-    matrix = psd(D_IN)
-    assert torch.equal(symmetrize(nan_above(matrix)), symmetric(matrix))
-
-
-@pytest.mark.parametrize("size", [1, 511, 512, 513, 1100])
-def test_inner_is_that_of_the_full_matrices_whatever_stands_above_the_diagonal(size):
+@pytest.mark.parametrize("size", [1, 2, 513, 1500])  # the last in two pieces
+def test_norm_inner_product_width_and_diagonal_of_packed_triangles_are_those_of_the_full_matrices(size):
     first, second = torch.randn(2, size, size)
     expected = (symmetric(first) * symmetric(second)).sum().item()
-    assert inner(nan_above(first), nan_above(second)) == pytest.approx(expected, rel=1e-10, abs=1e-8)
-    assert norm(nan_above(first)) == pytest.approx(symmetric(first).norm().item(), rel=1e-12)
+    packed = [pack(nan_above(matrix)) for matrix in (first, second)]
+    assert inner(*packed) == pytest.approx(expected, rel=1e-10, abs=1e-8)
+    assert norm(packed[0]) == pytest.approx(symmetric(first).norm().item(), rel=1e-12)
+    assert width(packed[0]) == size
+    assert torch.equal(packed_diagonal(packed[0]), first.diagonal())
 
 
 def test_norm_of_large_and_tiny_float32_entries_neither_overflows_nor_vanishes():
-    assert norm(torch.full((3, 3), 1e30)) == pytest.approx(3e30, rel=1e-6)
-    assert norm(torch.full((3, 3), 1e-30)) == pytest.approx(3e-30, rel=1e-6)
+    assert norm(torch.full((6,), 1e30)) == pytest.approx(3e30, rel=1e-6)
+    assert norm(torch.full((6,), 1e-30)) == pytest.approx(3e-30, rel=1e-6)
 
 
 def test_norm_of_nan_is_nan_rather_than_zero():
-    assert torch.isnan(torch.tensor(norm(torch.tensor([[torch.nan]]))))
+    assert torch.isnan(torch.tensor(norm(torch.tensor([torch.nan]))))
 
 
 def test_mean_diagonal_of_every_kind_of_metric():

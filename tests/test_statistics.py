@@ -13,6 +13,7 @@ from gfwsvd.statistics import (
     clip_tokens,
     power_of_two_scale,
 )
+from gfwsvd_kernels import pack
 
 D_OUT, D_IN = 5, 7
 OFFSETS = torch.tensor([0, 9, 10, 10, 31, 40])  # sequences of many lengths, one of them empty
@@ -276,15 +277,14 @@ def test_the_noise_of_a_matrix_is_the_variance_of_a_sum_of_its_sequences(unit):
 
 
 def test_noise_is_zero_where_all_sequences_are_the_same_and_one_over_their_number_where_they_share_nothing():
-    stats = LayerStatistics(4, 4, input_moment=4 * torch.eye(4), num_parts=4, squared_parts={"input_moment": 4 * 4.0})
+    eye = pack(torch.eye(4))
+    stats = LayerStatistics(4, 4, input_moment=4 * eye, num_parts=4, squared_parts={"input_moment": 4 * 4.0})
     assert stats.noise("input_moment") == 0
-    stats = LayerStatistics(4, 4, input_moment=torch.eye(4), num_parts=4, squared_parts={"input_moment": 4 * 1.0})
+    stats = LayerStatistics(4, 4, input_moment=eye, num_parts=4, squared_parts={"input_moment": 4 * 1.0})
     assert stats.noise("input_moment") == pytest.approx(1)  # each part a square of its own: all of it is chance
     assert stats.noise("right") is None
     assert (
-        LayerStatistics(4, 4, input_moment=torch.eye(4), num_parts=1, squared_parts={"input_moment": 4}).noise(
-            "input_moment"
-        )
+        LayerStatistics(4, 4, input_moment=eye, num_parts=1, squared_parts={"input_moment": 4}).noise("input_moment")
         is None
     )
 

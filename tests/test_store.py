@@ -11,11 +11,9 @@ import gfwsvd
 from gfwsvd import store
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.folders import sealed
-from gfwsvd.packed import pack, unpack
 from gfwsvd.store import JSON_NAME, load_statistics, save_statistics
 from tiny_models import random_tokens, tiny_model
 
-ROWS = ("heldout_x", "heldout_g")
 TENSORS_NAME = "statistics-00001-of-00001.safetensors"
 
 
@@ -35,13 +33,6 @@ def folder(tmp_path, statistics):
     return tmp_path / "statistics"
 
 
-def test_packing_keeps_the_lower_triangle_and_reads_nothing_above_it():
-    matrix = torch.randn(7, 7)
-    bait = matrix.tril() + torch.full((7, 7), torch.nan).triu(1)
-    assert pack(bait).shape == (28,)
-    assert torch.equal(unpack(pack(bait), 7), matrix.tril())
-
-
 def test_loaded_statistics_equal_the_collected_ones(folder, statistics):
     loaded, provenance = load_statistics(folder)
     assert provenance == {"text": "random"}
@@ -52,7 +43,7 @@ def test_loaded_statistics_equal_the_collected_ones(folder, statistics):
         for field, value in vars(expected).items():
             found = getattr(loaded.layers[name], field)
             if isinstance(value, torch.Tensor):
-                assert torch.equal(found, value if field in ROWS or value.dim() == 1 else value.tril()), (name, field)
+                assert torch.equal(found, value), (name, field)
             else:
                 assert found == value, (name, field)
 
@@ -74,8 +65,8 @@ def test_layers_of_large_statistics_are_spread_over_files(tmp_path, statistics, 
     loaded = load_statistics(tmp_path / "many")[0]
     assert loaded.layers.keys() == statistics.layers.keys()
     for name, stats in loaded.layers.items():
-        assert torch.equal(stats.input_moment, statistics.layers[name].input_moment.tril()), name
-        assert torch.equal(stats.left, statistics.layers[name].left.tril()), name
+        assert torch.equal(stats.input_moment, statistics.layers[name].input_moment), name
+        assert torch.equal(stats.left, statistics.layers[name].left), name
 
 
 def test_a_copy_of_loaded_statistics_has_the_same_files(folder, tmp_path):

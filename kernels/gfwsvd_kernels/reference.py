@@ -72,14 +72,18 @@ def _lower_rows(matrix: Tensor, i: int, j: int) -> Tensor:
     """Rows i to j of a lower triangle, full or packed: (j - i, j), zeros above the diagonal."""
     if matrix.ndim == 2:
         return matrix[i:j, :j].tril(i)
-    number = torch.arange(i, j, device=matrix.device)[:, None]
-    places = number * (number + 1) // 2 + torch.arange(j, device=matrix.device)
-    return matrix[places.clamp_(max=matrix.shape[0] - 1)].tril_(i)  # above the diagonal are entries of later rows
+    rows = matrix.new_zeros(j - i, j)
+    return rows.masked_scatter_(_in_triangle(rows), matrix[triangle(i) : triangle(j)])
 
 
 def _packed_rows(rows: Tensor) -> Tensor:
     """The packed form of the last rows of a square lower triangle."""
-    return rows[torch.ones_like(rows, dtype=torch.bool).tril_(rows.shape[1] - rows.shape[0])]
+    return rows.masked_select(_in_triangle(rows))  # on a CPU twice as fast as rows[mask]
+
+
+def _in_triangle(rows: Tensor) -> Tensor:
+    """Which entries of the last rows of a square are in its lower triangle."""
+    return torch.ones_like(rows, dtype=torch.bool).tril_(rows.shape[1] - rows.shape[0])
 
 
 def gram_accumulate(out: Tensor, x: Tensor, weight: Tensor | None = None, other: Tensor | None = None) -> None:
