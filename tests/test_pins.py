@@ -1,4 +1,4 @@
-"""The pinned versions: exact, each once, of all that the project needs, and those that are installed."""
+"""The pinned versions: exact, each once, of all that the project needs, those that are installed, and their digests."""
 
 import importlib.metadata
 import re
@@ -20,16 +20,29 @@ def lines(file: Path) -> list[str]:
 
 
 def pins(file: Path) -> dict[str, str]:
-    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines(file))}
+    found = [Requirement(line) for line in lines(file)]
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in found}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_requirement_is_pinned_exactly_and_once(file):
     for line in lines(file):
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[^=*,;\s]+", line), f"{line!r}: expected NAME==VERSION alone"
-        Version(line.split("==")[1])
-    names = [canonicalize_name(line.split("==")[0]) for line in lines(file)]
-    assert len(names) == len(set(names)), "some name stands there twice"
+        name, _, version = line.partition(";")[0].partition("==")
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), f"{line!r}: expected NAME==VERSION, perhaps a marker"
+        Version(version)
+    assert len(pins(file)) == len(lines(file)), "some name stands there twice"
+
+
+def test_every_pin_but_torch_has_the_digests_of_its_files():
+    """As pip reads them: a requirement goes on over all lines that end in a backslash."""
+    lock = "\n".join(lines(ROOT / "requirements" / "dev.lock")).replace("\\\n", " ")
+    locked = {}
+    for requirement, *digests in (re.split(r"\s+--hash=", line) for line in lock.splitlines()):
+        pin = Requirement(requirement)
+        locked[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
+        assert digests and all(re.fullmatch("sha256:[0-9a-f]{64}", digest) for digest in digests), requirement
+    pinned = pins(ROOT / "requirements" / "dev.txt") | pins(ROOT / "requirements" / "models.txt")
+    assert locked == {name: version for name, version in pinned.items() if name != "torch"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
