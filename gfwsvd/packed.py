@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import GfwsvdError
 from .folders import TensorInfo
 from .statistics import LayerStatistics
+from .work import digest_of
 
 _TRIANGLES = {"input_moment": "d_in", "output_moment": "d_out", "left": "d_out", "right": "d_in"}
 _VECTORS = {"input_abs": "d_in", "fisher_rows": "d_out"}
@@ -56,13 +57,25 @@ class StoredLayer(LayerStatistics):
 
     file: Path
     entry: Mapping[str, Any]
+    unseen: dict[str, str]
 
-    def __init__(self, file: Path, entry: Mapping[str, Any]) -> None:
-        """Numbers and keys of tensors are those of `entry`, by `pack_layers`; KeyError where some are missing."""
-        vars(self).update({number: entry[number] for number in NUMBERS}, file=file, entry=entry)
+    def __init__(self, file: Path, entry: Mapping[str, Any], unseen: dict[str, str] | None = None) -> None:
+        """Numbers and keys of tensors are those of `entry`, by `pack_layers`; KeyError where some are missing.
+
+        Args:
+            unseen: digests of the tensors of the file, by `work.digest_of`, which all layers in it share: each tensor
+                is compared with its own when it is first read, and the digest removed.
+        """
+        vars(self).update({number: entry[number] for number in NUMBERS}, file=file, entry=entry, unseen=unseen or {})
+
+    def compare(self) -> None:
+        """Reads the tensors that were not compared with their digests yet; GfwsvdError as `read`."""
+        for field, key in self.entry["tensors"].items():
+            if key in self.unseen:
+                self.read(field)
 
     def read(self, field: str) -> Tensor | None:
-        """A tensor of the layer, on the CPU; GfwsvdError when the file does not hold it any more."""
+        """A tensor of the layer, on the CPU; GfwsvdError when the file does not hold it any more, or another one."""
         key = self.entry["tensors"].get(field)
         if key is None:
             return None
@@ -71,6 +84,9 @@ class StoredLayer(LayerStatistics):
                 value: Tensor = reader.get_tensor(key)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise GfwsvdError(f"cannot read {key} of {self.file} ({error}); calibrate again") from error
+        if key in self.unseen and digest_of(value) != self.unseen[key]:
+            raise GfwsvdError(f"{self.file}: {key} does not have its digest, the file was changed; calibrate again")
+        self.unseen.pop(key, None)
         if not torch.isfinite(value).all():
             raise GfwsvdError(f"{self.file}: {key} should hold finite numbers; calibrate again")
         return value

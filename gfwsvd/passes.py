@@ -78,8 +78,10 @@ class Passes:
             ranked.gathered(None)  # now all processes can read it
             self.work.discard(_own(label))
         values = self.work.values(label)
-        file = self.work.file(label)
-        layers: dict[str, LayerStatistics] = {name: StoredLayer(file, e) for name, e in values["entries"].items()}
+        file, unseen = self.work.file(label), self.work.digests(label)
+        layers: dict[str, LayerStatistics] = {
+            name: StoredLayer(file, entry, unseen) for name, entry in values["entries"].items()
+        }
         return Group(layers, **values["progress"], **self.work.values(f"{label}-times"))
 
     def _complete(self, names: Sequence[str], label: str, title: str) -> Group:

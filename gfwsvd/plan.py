@@ -169,7 +169,8 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
         for number, steps in enumerate(_sweeps(shape, settings, len(groups), on_cpu), start=1):
             yield phase(f"calibration sweep {number}", steps, **room)
         yield phase("held-out tokens", _others(shape, settings, len(groups)), **room)
-        yield phase("statistics to disk", **room, written=(settings.sweeps + 1) * statistics)
+        # Read once more, to be compared with their digests
+        yield phase("statistics to disk", **room, read=statistics, written=(settings.sweeps + 1) * statistics)
     pivoted, heldout = settings.storage == "pivoted", settings.heldout_tokens if groups else 0
     solved = [
         factorisation(shape, *sizes, keep=settings.keep, sides=settings.sides, pivoted=pivoted, heldout=heldout)

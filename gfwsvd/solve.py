@@ -15,6 +15,7 @@ from .guard import chosen_metrics, judged_decomposition
 from .layers import LowRankLinear, dense_weight, layer_device, loaded, weight_shape
 from .methods import Method
 from .metrics import Metric, objective
+from .packed import NUMBERS
 from .ranks import Candidate, Cost
 from .work import Work
 
@@ -112,7 +113,7 @@ def _solved(
 
 def _key(name: str, statistics: Statistics) -> str:
     """What the states of a layer are called, by the numbers of its statistics: of others, the last bits differ."""
-    numbers = [value for value in vars(statistics.layers[name]).values() if not isinstance(value, Tensor)]
+    numbers = [getattr(statistics.layers[name], number) for number in NUMBERS]
     return hashlib.sha256(repr((name, statistics.num_losses, numbers)).encode()).hexdigest()
 
 

@@ -98,6 +98,8 @@ def _write_shard(file: Path, layers: Mapping[str, LayerStatistics]) -> dict[str,
     """The entries of the layers, whose tensors are then in `file`."""
     first = next(iter(layers.values()), None)
     if isinstance(first, StoredLayer):
+        for stats in layers.values():
+            stats.compare()  # else the digests of the directory would be those of a file that was changed
         try:
             os.link(first.file, file)
         except OSError:  # another file system, or one without links

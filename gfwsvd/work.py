@@ -74,6 +74,11 @@ class Work:
         with self._reader(name) as (_, described):
             return described["values"]
 
+    def digests(self, name: str) -> dict[str, str]:
+        """The digests of the tensors of a state that is there, as `digest_of` makes them; GfwsvdError as `load`."""
+        with self._reader(name) as (_, described):
+            return described["sha256"]
+
     def has(self, name: str) -> bool:
         """Whether there is a state of that name."""
         return self.file(name).exists()
@@ -101,10 +106,11 @@ class Work:
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of the interpreter lock
-        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(digest_of, tensors.values()), strict=True))
 
 
-def _digest(tensor: Tensor) -> str:
+def digest_of(tensor: Tensor) -> str:
+    """The digest of the dtype, shape and values of a contiguous tensor on the CPU."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from gfwsvd.budget import statistics_bytes
 from gfwsvd.calibration import Statistics, calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.packed import NUMBERS, TENSORS
+from gfwsvd.store import save_statistics
 from gfwsvd.work import open_work
 from tiny_models import random_tokens, tiny_model
 
@@ -37,12 +38,15 @@ def _assert_same_bits(found: Statistics, expected: Statistics) -> None:
         for number in NUMBERS:
             assert getattr(found.layers[name], number) == getattr(stats, number), (name, number)
         for field in TENSORS:
-            a, b = getattr(found.layers[name], field), getattr(stats, field)
-            assert (a is None) == (b is None), (name, field)
-            assert a is None or torch.equal(a, b), (name, field)
+            _assert_equal(getattr(found.layers[name], field), getattr(stats, field))
     for field in ("settings", "num_losses", "num_sequences", "num_heldout", "num_skipped", "data_sha256", "unreached"):
         assert getattr(found, field) == getattr(expected, field), field
     assert len(found.seconds) == len(expected.seconds)
+
+
+def _assert_equal(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    assert (found is None) == (expected is None)
+    assert found is None or torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -179,6 +183,28 @@ def test_what_was_kept_is_not_computed_again(tmp_path, monkeypatch):
         assert rest == [2]
         calibrate(model, BATCHES, heldout=0, work=work, track=lambda items, _: rest.append(len(items)) or items)
     assert rest == [2]
+
+
+def test_a_finished_group_whose_file_was_changed_since_is_refused_by_its_name(tmp_path):
+    whole = calibrate(tiny_model("llama"), BATCHES, heldout=0)
+    with open_work(tmp_path / "work", ABOUT) as work:
+        found = calibrate(tiny_model("llama"), BATCHES, heldout=0, work=work)
+        content = bytearray(work.file("group-0").read_bytes())
+        content[-4] ^= 1  # the last bit of the last number
+        work.file("group-0").write_bytes(content)
+        refused = {}
+        for name, stats in whole.layers.items():
+            for field in TENSORS:
+                try:
+                    _assert_equal(getattr(found.layers[name], field), getattr(stats, field))
+                except GfwsvdError as error:
+                    refused[name, field] = str(error)
+        assert len(refused) == 1
+        (((name, field), error),) = refused.items()
+        assert error.startswith(f"{work.file('group-0')}: {name}.{field} does not have its digest")
+        with pytest.raises(GfwsvdError, match="does not have its digest"):
+            save_statistics(found, tmp_path / "statistics")
+        assert not (tmp_path / "statistics").exists()
 
 
 def _failing(bad: Callable[[torch.Tensor], bool], value: float):
