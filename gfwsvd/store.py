@@ -96,15 +96,16 @@ def _shards(layers: Mapping[str, LayerStatistics]) -> Iterator[list[str]]:
 
 def _write_shard(file: Path, layers: Mapping[str, LayerStatistics]) -> dict[str, Any]:
     """The entries of the layers, whose tensors are then in `file`."""
-    first = next(iter(layers.values()), None)
-    if isinstance(first, StoredLayer):
-        for stats in layers.values():
+    stored = {name: stats for name, stats in layers.items() if isinstance(stats, StoredLayer)}
+    if stored:
+        for stats in stored.values():
             stats.compare()  # else the digests of the directory would be those of a file that was changed
+        source = next(iter(stored.values())).file
         try:
-            os.link(first.file, file)
+            os.link(source, file)
         except OSError:  # another file system, or one without links
-            shutil.copyfile(first.file, file)
-        return {name: dict(stats.entry) for name, stats in layers.items() if isinstance(stats, StoredLayer)}
+            shutil.copyfile(source, file)
+        return {name: dict(stats.entry) for name, stats in stored.items()}
     tensors, entries = pack_layers(layers)
     save_file(to_host(tensors), file)
     return entries
