@@ -13,6 +13,8 @@ the rotary embedding, in every engine alike.
 
 import argparse
 import copy
+import ctypes
+import gc
 import statistics
 import sys
 import time
@@ -27,6 +29,7 @@ from torch import nn
 
 import gfwsvd
 from benchmarks import record
+from benchmarks.measure import forget_peak, memory_bytes
 from benchmarks.packaged import packaged_smollm2
 from benchmarks.random_models import SHAPES, random_model
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
@@ -138,11 +141,11 @@ def _compile_rotary_embedding(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up."""
+    """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up;
+    bytes of the weights, and what the process took at its most beyond them: cache and activations."""
     device = torch.device(arguments.device)
     ids = torch.randint(model.config.vocab_size, (batch, arguments.prompt), device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    before = _held(device)
     decoder = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
     firsts, decodes = [], []
     for _ in range(arguments.rounds + 1):
@@ -154,32 +157,59 @@ def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, 
         firsts.append(first - began)
         decodes.append(_now(device) - first)
     first, decode = (statistics.median(values[1:]) for values in (firsts, decodes))
+    first_spread, decode_spread = ([min(values[1:]), max(values[1:])] for values in (firsts, decodes))
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return {
+        "clock": _clock(device),
         "first_token_s": first,
+        "first_token_s_spread": first_spread,
         "prefill_tokens_s": batch * arguments.prompt / first,
         "decode_tokens_s": batch * arguments.new / decode,
+        "decode_s_spread": decode_spread,
         "weights_bytes": sum(tensors.values()),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "extra_peak_bytes": _peak(device) - before,
     }
+
+
+def _held(device: torch.device) -> int:
+    """Bytes in use now; `_peak` counts from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the process keeps of the memory that was freed would hide what comes
+    forget_peak()
+    return memory_bytes("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_bytes("VmHWM")
+
+
+def _clock(device: torch.device) -> str:
+    """Of one thread on a CPU the time that it runs, which what else runs on the machine does not lengthen."""
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return {"processor": time.thread_time, "wall": time.perf_counter}[_clock(device)]()
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Each row, and how much faster it is than the dense one of its batch where that was measured."""
     dense = {row["batch"]: row for row in rows if row["engine"] == "dense"}
-    found = Table("engine", "keep", "batch", "first token, ms", "prefill, tokens/s", "decode, tokens/s", "weights, MB")
+    found = Table(
+        "engine", "keep", "batch", "first token, ms", "prefill, tokens/s", "decode, tokens/s", "weights, MB", "more, MB"
+    )
     for row in rows:
         cells = [f"{row['first_token_s'] * 1e3:.1f}"]
         for phase in ("prefill_tokens_s", "decode_tokens_s"):
             base = dense.get(row["batch"])
             cells.append(f"{row[phase]:.1f}" + (f" ({row[phase] / base[phase]:.2f} x)" if base else ""))
-        found.add_row(row["engine"], f"{row['keep']}", str(row["batch"]), *cells, f"{row['weights_bytes'] / 1e6:.1f}")
+        sizes = (f"{row[key] / 1e6:.1f}" for key in ("weights_bytes", "extra_peak_bytes"))
+        found.add_row(row["engine"], f"{row['keep']}", str(row["batch"]), *cells, *sizes)
     return found
 
 

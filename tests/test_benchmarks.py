@@ -87,6 +87,7 @@ def test_the_serving_benchmark_measures_every_engine_at_the_same_sizes(tmp_path,
     weights = {row["engine"]: row["weights_bytes"] for row in rows}
     assert weights["naive"] < weights["dense"] and weights["pivoted"] < weights["dense"]
     assert all(row["decode_tokens_s"] > 0 and row["first_token_s"] > 0 for row in rows)
+    assert all(row["extra_peak_bytes"] >= 0 for row in rows)
     assert "decode" in capsys.readouterr().out
 
 
