@@ -81,7 +81,8 @@ def write_adapter(
 
     Raises:
         GfwsvdError: when a model cannot be loaded, the source has no low-rank layers, `base` is another model, a
-            difference has no low rank (a trained checkpoint, for instance), or the folder cannot be written.
+            difference has no low rank (a trained checkpoint, for instance) or holds NaN or inf, or the folder cannot
+            be written.
     """
     check_output_folder(directory, overwrite=overwrite, marker=_CONFIG)
     model, _, _ = load_model(source)
@@ -97,6 +98,8 @@ def write_adapter(
     for name, layer in track(list(layers.items()), f"differences of {len(layers)} layers"):
         product = layer.product(torch.float64)
         residual = product - dense_weight(bases[name]).to(layer.weight.dtype)
+        if not residual.isfinite().all():
+            raise GfwsvdError(f"layer {name} of {source} or {base} holds NaN or inf; expected finite numbers")
         rank = max(min(residual.shape) - layer.rank, 1)  # peft knows no rank 0
         b, a, left_out = residual_factors(residual, rank)
         if left_out > (rounding := rounding_error(layer)):
@@ -108,7 +111,7 @@ def write_adapter(
                 "a dense model"
             )
         ranks[name] = rank
-        errors.append(left_out / product.norm().item())
+        errors.append(left_out and left_out / product.norm().item())
         target = layer.weight.dtype if dtype is None else getattr(torch, dtype)
         for leaf, factor in (("lora_A", a), ("lora_B", b)):
             tensors[f"base_model.model.{name}.{leaf}.weight"] = factor.to(target).contiguous()

@@ -128,6 +128,16 @@ def test_a_checkpoint_that_was_trained_is_refused_with_the_layer_and_what_would_
     assert sorted(os.listdir(tmp_path)) == ["base", "small"]
 
 
+def test_factors_that_hold_nan_are_refused(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    report = compress(model, method="svd", keep=0.8, ranks="uniform")
+    model.get_submodule(NAME).up.data[0, 0] = torch.nan
+    save_pretrained(model, tmp_path / "small", report=report)
+    with pytest.raises(GfwsvdError, match=f"layer {NAME} .* holds NaN or inf"):
+        adapt(tmp_path)
+
+
 def _other_weight(model: nn.Module) -> None:
     model.get_submodule(NAME).weight.data[3, 5] += 0.01
 
