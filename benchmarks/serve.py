@@ -5,7 +5,8 @@
 
 Every low-rank engine stores the share `keep` of each linear layer, at uniform ranks, with random factors: speed does
 not depend on their values. "naive" is two `nn.Linear` in a row, "pivoted" the layer that checkpoints load, "fused" the
-same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. Prefill is one
+same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. All models are in
+memory at once and take turns, round by round, so that a slow spell of the machine meets all of them. Prefill is one
 forward pass over the prompts and the first tokens; decoding is one token a step and sequence with a static cache
 (`gfwsvd.GraphDecoder`), on a GPU in a CUDA graph. With --compile, torch.compile makes one kernel of each norm and of
 the rotary embedding, in every engine alike.
@@ -18,7 +19,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.ranks import Candidate
 
 RANK_MULTIPLE = 8
+Key = tuple[str, float]  # of an engine and a share
 
 
 def _low_rank(
@@ -101,19 +103,21 @@ def main() -> None:
     dense, name = _model(arguments)
     if arguments.compile:
         _compile_rotary_embedding(dense)
-    rows: list[dict[str, Any]] = []
+    models = {}
     for engine in engines:
         for keep in [1.0] if engine == "dense" else arguments.keep:
-            model = ENGINES[engine](copy.deepcopy(dense), keep).eval()
+            models[engine, keep] = ENGINES[engine](dense if engine == "dense" else copy.deepcopy(dense), keep).eval()
             if arguments.compile:
-                _compile_norms(model)
-            for batch in arguments.batch:
-                row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
-                row |= {"prompt": arguments.prompt, "new": arguments.new, "dtype": arguments.dtype}
-                row |= {"compile": arguments.compile, **measure(model, batch, arguments)}
-                rows.append(row)
-                record.append(arguments.results, {**row, **made})
-            del model
+                _compile_norms(models[engine, keep])
+    del dense
+    rows: list[dict[str, Any]] = []
+    for batch in arguments.batch:
+        for (engine, keep), found in measure(models, batch, arguments).items():
+            row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
+            row |= {"prompt": arguments.prompt, "new": arguments.new, "rounds": arguments.rounds}
+            row |= {"dtype": arguments.dtype, "compile": arguments.compile, **found}
+            rows.append(row)
+            record.append(arguments.results, {**row, **made})
     Console().print(table(rows))
 
 
@@ -140,35 +144,47 @@ def _compile_rotary_embedding(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up;
-    bytes of the weights, and what the process took at its most beyond them: cache and activations."""
+def measure(models: Mapping[Key, Any], batch: int, arguments: argparse.Namespace) -> dict[Key, dict[str, Any]]:
+    """Of each model the seconds to the first token and tokens per second of both phases, the median over rounds after
+    one to warm up; bytes of the weights, and what the process took at its most beyond them: cache and activations."""
     device = torch.device(arguments.device)
-    ids = torch.randint(model.config.vocab_size, (batch, arguments.prompt), device=device)
-    before = _held(device)
-    decoder = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
-    firsts, decodes = [], []
-    for _ in range(arguments.rounds + 1):
-        began = _now(device)
-        token = decoder.prefill(ids).argmax(-1)
-        first = _now(device)
-        for _ in range(arguments.new):
-            token = decoder.step(token).argmax(-1)
-        firsts.append(first - began)
-        decodes.append(_now(device) - first)
-    first, decode = (statistics.median(values[1:]) for values in (firsts, decodes))
-    first_spread, decode_spread = ([min(values[1:]), max(values[1:])] for values in (firsts, decodes))
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return {
-        "clock": _clock(device),
-        "first_token_s": first,
-        "first_token_s_spread": first_spread,
-        "prefill_tokens_s": batch * arguments.prompt / first,
-        "decode_tokens_s": batch * arguments.new / decode,
-        "decode_s_spread": decode_spread,
-        "weights_bytes": sum(tensors.values()),
-        "extra_peak_bytes": _peak(device) - before,
-    }
+    vocabulary = next(iter(models.values())).config.vocab_size
+    ids = torch.randint(vocabulary, (batch, arguments.prompt), device=device)
+    decoders, more = {}, {}
+    for key, model in models.items():
+        before = _held(device)
+        decoders[key] = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
+        _timed(decoders[key], ids, arguments.new)
+        more[key] = _peak(device) - before
+    times: dict[Key, list[tuple[float, float]]] = {key: [] for key in models}
+    for _ in range(arguments.rounds):
+        for key, decoder in decoders.items():
+            times[key].append(_timed(decoder, ids, arguments.new))
+    found = {}
+    for key, model in models.items():
+        firsts, decodes = zip(*times[key], strict=True)
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        found[key] = {
+            "clock": _clock(device),
+            "first_token_s": statistics.median(firsts),
+            "first_token_s_spread": [min(firsts), max(firsts)],
+            "prefill_tokens_s": batch * arguments.prompt / statistics.median(firsts),
+            "decode_tokens_s": batch * arguments.new / statistics.median(decodes),
+            "decode_s_spread": [min(decodes), max(decodes)],
+            "weights_bytes": sum(tensors.values()),
+            "extra_peak_bytes": more[key],
+        }
+    return found
+
+
+def _timed(decoder: gfwsvd.GraphDecoder, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds to the first token, and of all steps after it."""
+    began = _now(ids.device)
+    token = decoder.prefill(ids).argmax(-1)
+    first = _now(ids.device)
+    for _ in range(new):
+        token = decoder.step(token).argmax(-1)
+    return first - began, _now(ids.device) - first
 
 
 def _held(device: torch.device) -> int:
