@@ -90,28 +90,14 @@ def write_adapter(
     if not layers:
         raise GfwsvdError(f"{source} has no low-rank layers; expected what gfwsvd compress wrote")
     dense, _, _ = load_model(base)
-    _check_base(model, dense, layers, base)
     bases = _check_base(model, dense, layers, base)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors = []
     for name, layer in track(list(layers.items()), f"differences of {len(layers)} layers"):
-        product = layer.product(torch.float64)
-        residual = product - dense_weight(bases[name]).to(layer.weight.dtype)
-        if not residual.isfinite().all():
-            raise GfwsvdError(f"layer {name} of {source} or {base} holds NaN or inf; expected finite numbers")
-        rank = max(min(residual.shape) - layer.rank, 1)  # peft knows no rank 0
-        b, a, left_out = residual_factors(residual, rank)
-        if left_out > (rounding := rounding_error(layer)):
-            share, explained = (norm / residual.norm().item() for norm in (left_out, rounding))
-            raise GfwsvdError(
-                f"the difference between layer {name} and that of {base} is not of rank {rank}: an adapter would leave "
-                f"out {share:.1e} of it, and the rounding of the factors explains {explained:.1e}. The checkpoint was "
-                "trained or changed after its compression, or is of another model; gfwsvd convert --merge writes it as "
-                "a dense model"
-            )
-        ranks[name] = rank
-        errors.append(left_out and left_out / product.norm().item())
+        b, a, error = _difference(name, layer, dense_weight(bases[name]), base)
+        ranks[name] = len(a)
+        errors.append(error)
         target = layer.weight.dtype if dtype is None else getattr(torch, dtype)
         for leaf, factor in (("lora_A", a), ("lora_B", b)):
             tensors[f"base_model.model.{name}.{leaf}.weight"] = factor.to(target).contiguous()
@@ -120,6 +106,25 @@ def write_adapter(
         write_json(folder / _CONFIG, _config(dense, ranks, base))
     dense_numbers = sum(layer.in_features * layer.out_features for layer in layers.values())
     return AdapterReport(ranks, sum(map(Tensor.numel, tensors.values())), dense_numbers, max(errors))
+
+
+def _difference(name: str, layer: LowRankLinear, weight: Tensor, base: str) -> tuple[Tensor, Tensor, float]:
+    """`b` and `a` of the layer `name` over its dense weight (D_OUT, D_IN), float64, and what they leave out, relative
+    to the compressed weight; GfwsvdError where that is more than rounding."""
+    product = layer.product(torch.float64)
+    residual = product - weight.to(layer.weight.dtype)
+    if not residual.isfinite().all():
+        raise GfwsvdError(f"layer {name}, or that of {base}, holds NaN or inf; expected finite numbers")
+    rank = max(min(residual.shape) - layer.rank, 1)  # peft knows no rank 0
+    b, a, left_out = residual_factors(residual, rank)
+    if left_out > (rounding := rounding_error(layer)):
+        share, explained = (norm / residual.norm().item() for norm in (left_out, rounding))
+        raise GfwsvdError(
+            f"the difference between layer {name} and that of {base} is not of rank {rank}: an adapter would leave out "
+            f"{share:.1e} of it, and the rounding of the factors explains {explained:.1e}. The checkpoint was trained "
+            "or changed after its compression, or is of another model; gfwsvd convert --merge writes it as a dense model"
+        )
+    return b, a, left_out and left_out / product.norm().item()
 
 
 def _check_base(

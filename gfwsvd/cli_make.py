@@ -367,8 +367,9 @@ def convert_command(
         case False, True, str():
             from .adapter import write_adapter
 
-            found = {"out": str(out), **write_adapter(source, out, base=base, **options)._asdict()}
-            found["ranks"] = dict(Counter(found["ranks"].values()))
+            adapter = write_adapter(source, out, base=base, **options)
+            found = {"out": str(out), "adapted_layers": len(adapter.ranks), **adapter._asdict()}
+            found["ranks"] = [min(adapter.ranks.values()), max(adapter.ranks.values())]
         case False, False, str():
             from .convert import import_published
 
