@@ -122,7 +122,7 @@ def _difference(name: str, layer: LowRankLinear, weight: Tensor, base: str) -> t
         raise GfwsvdError(
             f"the difference between layer {name} and that of {base} is not of rank {rank}: an adapter would leave out "
             f"{share:.1e} of it, and the rounding of the factors explains {explained:.1e}. The checkpoint was trained "
-            "or changed after its compression, or is of another model; gfwsvd convert --merge writes it as a dense model"
+            "or changed after its compression, or is of another model; gfwsvd convert --merge makes it a dense model"
         )
     return b, a, left_out and left_out / product.norm().item()
 
