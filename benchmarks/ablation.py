@@ -20,6 +20,8 @@ import torch
 import gfwsvd
 from benchmarks import record
 from benchmarks.packaged import packaged_smollm2
+from gfwsvd.calibration import about_calibration
+from gfwsvd.cli_app import kept_work
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run, compressed_rows, dense_row
 
@@ -70,6 +72,7 @@ STUDIES = (
     Study("two sweeps", 1 / 10, _ONE, calibration=(("sweeps", 2),)),
     Study("other text", 1 / 10, _PEERS, other=True),
     Study("half the tokens", 1 / 2, _PEERS),
+    Study("more tokens", 2.5, ("svd_llm", *_PEERS)),
 )
 
 
@@ -150,7 +153,8 @@ def _run(
             batch_size=4,
             seed=options.get("seed", 0),
         )
-        gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, track=bar, **options), folder)
+        with kept_work(folder, about_calibration(model, batches, **options)) as work:
+            gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, work=work, track=bar, **options), folder)
     statistics, _ = gfwsvd.load_statistics(folder)
     mine["calibration_sha256"] = statistics.data_sha256
     dtype = getattr(torch, arguments.dtype)

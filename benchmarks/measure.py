@@ -4,9 +4,11 @@ On a GPU the calls are captured into one CUDA graph for each provider and its re
 Python nor launch latency is measured. What cannot be captured is timed as it is launched, and says so.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,16 @@ class Timing:
     samples: int
     calls: int
     timer: str
+
+
+def memory_bytes(what: str) -> int:
+    """Of this process, from the kernel: "VmRSS" now, "VmHWM" the most since `forget_peak`."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def forget_peak() -> None:
+    """Makes the most memory that the process has had what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def number_of_sets(num_bytes: int, least: int, device: torch.device) -> int:

@@ -12,7 +12,6 @@ one function measures both fits, in float64. In the token unit the bytes of its 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,20 +28,12 @@ from torch import Tensor
 
 import gfwsvd
 from benchmarks import record
+from benchmarks.measure import forget_peak, memory_bytes
 from benchmarks.packaged import packaged_smollm2
 from benchmarks.routes import ROUTES, fit_residual, recorded
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADINGS = ("unit", "route", "passes", "seconds (spread)", "peak MB", "gradients, MB", "residual", "cosine left, right")
-
-
-def memory_bytes(what: str) -> int:
-    """Of this process, from the kernel: "VmRSS" now, "VmHWM" the most since `forget_peak`."""
-    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(route: str, folder: Path, sweeps: int) -> None:

@@ -5,7 +5,8 @@
 
 Every low-rank engine stores the share `keep` of each linear layer, at uniform ranks, with random factors: speed does
 not depend on their values. "naive" is two `nn.Linear` in a row, "pivoted" the layer that checkpoints load, "fused" the
-same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. Prefill is one
+same in grouped operations (`gfwsvd.fuse`), which are for GPUs: on a CPU they are plain definitions. All models are in
+memory at once and take turns, round by round, so that a slow spell of the machine meets all of them. Prefill is one
 forward pass over the prompts and the first tokens; decoding is one token a step and sequence with a static cache
 (`gfwsvd.GraphDecoder`), on a GPU in a CUDA graph. With --compile, torch.compile makes one kernel of each norm and of
 the rotary embedding, in every engine alike.
@@ -13,10 +14,12 @@ the rotary embedding, in every engine alike.
 
 import argparse
 import copy
+import ctypes
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from torch import nn
 
 import gfwsvd
 from benchmarks import record
+from benchmarks.measure import forget_peak, memory_bytes
 from benchmarks.packaged import packaged_smollm2
 from benchmarks.random_models import SHAPES, random_model
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.ranks import Candidate
 
 RANK_MULTIPLE = 8
+Key = tuple[str, float]  # of an engine and a share
 
 
 def _low_rank(
@@ -98,19 +103,21 @@ def main() -> None:
     dense, name = _model(arguments)
     if arguments.compile:
         _compile_rotary_embedding(dense)
-    rows: list[dict[str, Any]] = []
+    models = {}
     for engine in engines:
         for keep in [1.0] if engine == "dense" else arguments.keep:
-            model = ENGINES[engine](copy.deepcopy(dense), keep).eval()
+            models[engine, keep] = ENGINES[engine](dense if engine == "dense" else copy.deepcopy(dense), keep).eval()
             if arguments.compile:
-                _compile_norms(model)
-            for batch in arguments.batch:
-                row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
-                row |= {"prompt": arguments.prompt, "new": arguments.new, "dtype": arguments.dtype}
-                row |= {"compile": arguments.compile, **measure(model, batch, arguments)}
-                rows.append(row)
-                record.append(arguments.results, {**row, **made})
-            del model
+                _compile_norms(models[engine, keep])
+    del dense
+    rows: list[dict[str, Any]] = []
+    for batch in arguments.batch:
+        for (engine, keep), found in measure(models, batch, arguments).items():
+            row = {"benchmark": "serve", "model": name, "engine": engine, "keep": keep, "batch": batch}
+            row |= {"prompt": arguments.prompt, "new": arguments.new, "rounds": arguments.rounds}
+            row |= {"dtype": arguments.dtype, "compile": arguments.compile, **found}
+            rows.append(row)
+            record.append(arguments.results, {**row, **made})
     Console().print(table(rows))
 
 
@@ -137,49 +144,88 @@ def _compile_rotary_embedding(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the first token and tokens per second of both phases, the median over rounds after one to warm up."""
+def measure(models: Mapping[Key, Any], batch: int, arguments: argparse.Namespace) -> dict[Key, dict[str, Any]]:
+    """Of each model the seconds to the first token and tokens per second of both phases, the median over rounds after
+    one to warm up; bytes of the weights, and what the process took at its most beyond them: cache and activations."""
     device = torch.device(arguments.device)
-    ids = torch.randint(model.config.vocab_size, (batch, arguments.prompt), device=device)
+    vocabulary = next(iter(models.values())).config.vocab_size
+    ids = torch.randint(vocabulary, (batch, arguments.prompt), device=device)
+    decoders, more = {}, {}
+    for key, model in models.items():
+        before = _held(device)
+        decoders[key] = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
+        _timed(decoders[key], ids, arguments.new)
+        more[key] = _peak(device) - before
+    times: dict[Key, list[tuple[float, float]]] = {key: [] for key in models}
+    for _ in range(arguments.rounds):
+        for key, decoder in decoders.items():
+            times[key].append(_timed(decoder, ids, arguments.new))
+    found = {}
+    for key, model in models.items():
+        firsts, decodes = zip(*times[key], strict=True)
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        found[key] = {
+            "clock": _clock(device),
+            "first_token_s": statistics.median(firsts),
+            "first_token_s_spread": [min(firsts), max(firsts)],
+            "prefill_tokens_s": batch * arguments.prompt / statistics.median(firsts),
+            "decode_tokens_s": batch * arguments.new / statistics.median(decodes),
+            "decode_s_spread": [min(decodes), max(decodes)],
+            "weights_bytes": sum(tensors.values()),
+            "extra_peak_bytes": more[key],
+        }
+    return found
+
+
+def _timed(decoder: gfwsvd.GraphDecoder, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds to the first token, and of all steps after it."""
+    began = _now(ids.device)
+    token = decoder.prefill(ids).argmax(-1)
+    first = _now(ids.device)
+    for _ in range(new):
+        token = decoder.step(token).argmax(-1)
+    return first - began, _now(ids.device) - first
+
+
+def _held(device: torch.device) -> int:
+    """Bytes in use now; `_peak` counts from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    decoder = gfwsvd.GraphDecoder(model, batch_size=batch, max_length=arguments.prompt + arguments.new)
-    firsts, decodes = [], []
-    for _ in range(arguments.rounds + 1):
-        began = _now(device)
-        token = decoder.prefill(ids).argmax(-1)
-        first = _now(device)
-        for _ in range(arguments.new):
-            token = decoder.step(token).argmax(-1)
-        firsts.append(first - began)
-        decodes.append(_now(device) - first)
-    first, decode = (statistics.median(values[1:]) for values in (firsts, decodes))
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return {
-        "first_token_s": first,
-        "prefill_tokens_s": batch * arguments.prompt / first,
-        "decode_tokens_s": batch * arguments.new / decode,
-        "weights_bytes": sum(tensors.values()),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the process keeps of the memory that was freed would hide what comes
+    forget_peak()
+    return memory_bytes("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_bytes("VmHWM")
+
+
+def _clock(device: torch.device) -> str:
+    """Of one thread on a CPU the time that it runs, which what else runs on the machine does not lengthen."""
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return {"processor": time.thread_time, "wall": time.perf_counter}[_clock(device)]()
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Each row, and how much faster it is than the dense one of its batch where that was measured."""
     dense = {row["batch"]: row for row in rows if row["engine"] == "dense"}
-    found = Table("engine", "keep", "batch", "first token, ms", "prefill, tokens/s", "decode, tokens/s", "weights, MB")
+    found = Table(
+        "engine", "keep", "batch", "first token, ms", "prefill, tokens/s", "decode, tokens/s", "weights, MB", "more, MB"
+    )
     for row in rows:
         cells = [f"{row['first_token_s'] * 1e3:.1f}"]
         for phase in ("prefill_tokens_s", "decode_tokens_s"):
             base = dense.get(row["batch"])
             cells.append(f"{row[phase]:.1f}" + (f" ({row[phase] / base[phase]:.2f} x)" if base else ""))
-        found.add_row(row["engine"], f"{row['keep']}", str(row["batch"]), *cells, f"{row['weights_bytes'] / 1e6:.1f}")
+        sizes = (f"{row[key] / 1e6:.1f}" for key in ("weights_bytes", "extra_peak_bytes"))
+        found.add_row(row["engine"], f"{row['keep']}", str(row["batch"]), *cells, *sizes)
     return found
 
 

@@ -335,30 +335,51 @@ def convert_command(
     to_dense: Annotated[
         bool, typer.Option("--merge", help="multiply the factors of gfwsvd's own form out: an ordinary dense model")
     ] = False,
+    to_adapter: Annotated[
+        bool,
+        typer.Option("--lora", help="an adapter for peft, which makes the dense model of --base the compressed one"),
+    ] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="the dense model whose factors, by others, SOURCE holds"),
+        typer.Option(
+            "--base", metavar="MODEL", help="the dense model: of --lora, or whose factors, by others, SOURCE is"
+        ),
     ] = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
-    """Write a compressed model in another form: dense again, or from the factors of other projects to gfwsvd's form.
+    """Write a compressed model in another form: dense, as an adapter, or from the factors of others to gfwsvd's form.
 
-    With --base, SOURCE is a .safetensors file, a state dict saved with torch.save, or a folder of either, with the
-    tensor names of SVD-LLM, ASVD, LEMS or PIFA. Pickled models are refused: to read one is to run its code.
+    With --lora, an adapter over --base makes it compute what SOURCE computes, to compare them; it saves nothing. It is
+    refused where it would not be exact up to rounding, as after gfwsvd tune.
+
+    With --base alone, SOURCE is a .safetensors file, a state dict saved with torch.save, or a folder of either, with
+    the tensor names of SVD-LLM, ASVD, LEMS or PIFA. Pickled models are refused: to read one is to run its code.
     """
-    if to_dense == (base is not None):
-        raise GfwsvdError("give either --merge, to make a dense model, or --base MODEL, to read what others published")
     check_dtype(dtype)
-    from .convert import import_published, merge
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "track": bar}
+    match to_dense, to_adapter, base:
+        case True, False, None:
+            from .convert import merge
 
-    if base is None:
-        merged = merge(source, out, dtype=dtype, overwrite=overwrite, track=bar)
-        print_values({"out": str(out), "merged_layers": merged}, json_output)
-    else:
-        result = import_published(source, out, base=base, dtype=dtype, overwrite=overwrite, track=bar)
-        print_values(_summary(result, out), json_output)
+            found: dict[str, Any] = {"out": str(out), "merged_layers": merge(source, out, **options)}
+        case False, True, str():
+            from .adapter import write_adapter
+
+            adapter = write_adapter(source, out, base=base, **options)
+            found = {"out": str(out), "adapted_layers": len(adapter.ranks), **adapter._asdict()}
+            found["ranks"] = [min(adapter.ranks.values()), max(adapter.ranks.values())]
+        case False, False, str():
+            from .convert import import_published
+
+            found = _summary(import_published(source, out, base=base, **options), out)
+        case _:
+            raise GfwsvdError(
+                "give either --merge, to make a dense model, or --lora and --base MODEL, to make an adapter, or --base "
+                "MODEL alone, to read what others published"
+            )
+    print_values(found, json_output)
 
 
 def _check_no_calibration(context: typer.Context) -> None:

@@ -80,13 +80,17 @@ def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, 
 
 def test_the_serving_benchmark_measures_every_engine_at_the_same_sizes(tmp_path, monkeypatch, capsys):
     results = tmp_path / "rows.jsonl"
-    sizes = ("--keep", 0.8, "--batch", 1, 2, "--prompt", 4, "--new", 3, "--rounds", 1)
+    sizes = ("--keep", 0.8, "--batch", 1, 2, "--prompt", 4, "--new", 3, "--rounds", 2)
     run(monkeypatch, serve, "--shape", "tiny", *sizes, "--engines", *serve.ENGINES, "--results", results)
     rows = record.read(results)
-    assert [(row["engine"], row["batch"]) for row in rows] == [(name, n) for name in serve.ENGINES for n in (1, 2)]
+    assert [(row["engine"], row["batch"]) for row in rows] == [(name, n) for n in (1, 2) for name in serve.ENGINES]
     weights = {row["engine"]: row["weights_bytes"] for row in rows}
     assert weights["naive"] < weights["dense"] and weights["pivoted"] < weights["dense"]
     assert all(row["decode_tokens_s"] > 0 and row["first_token_s"] > 0 for row in rows)
+    assert all(row["extra_peak_bytes"] >= 0 for row in rows)
+    for row in rows:
+        low, high = row["first_token_s_spread"]
+        assert low <= row["first_token_s"] <= high and row["rounds"] == 2
     assert "decode" in capsys.readouterr().out
 
 

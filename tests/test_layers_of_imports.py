@@ -56,6 +56,7 @@ LAYERS = {
     "gfwsvd.registration": 5,
     "gfwsvd.hf": 5,
     "gfwsvd.convert": 5,
+    "gfwsvd.adapter": 5,
     "gfwsvd.texts": 5,
     "gfwsvd.progress": 5,
     "gfwsvd.sources": 5,
