@@ -11,7 +11,6 @@ import typer
 from . import sources
 from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, about_calibration, calibrate, check_settings
-from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
 from .cli_app import (
     app,
@@ -33,6 +32,7 @@ from .methods import METHODS, method_named
 from .options import (
     TEXT_HELP,
     BatchSize,
+    Bits,
     Bounds,
     Clip,
     Deterministic,
@@ -58,8 +58,10 @@ from .options import (
     Unit,
     one_of,
 )
+from .outcome import read_report
 from .output import print_values
 from .progress import bar
+from .quantise import check_bits
 from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
@@ -164,6 +166,7 @@ def compress_command(
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
     ] = "pivoted",
+    bits: Bits = None,
     damping: Annotated[
         float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
     ] = DAMPING,
@@ -206,6 +209,7 @@ def compress_command(
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_storage(storage)
+    check_bits(bits)
     bounds = parse_bounds(bound)
     check_bounds(bounds)
     check_settings(unit, labels, sweeps, clip)
@@ -239,6 +243,7 @@ def compress_command(
             rank_multiple=rank_multiple,
             bounds=bounds,
             latency=table,
+            bits=bits,
             statistics=statistics,
             work=work,
             track=bar,
@@ -288,9 +293,7 @@ def tune_command(
     check_training(epochs, learning_rate, dtype)
     target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     inspect_checkpoint(directory)
-    if (details := read_manifest(directory).get("report")) is None:
-        raise GfwsvdError(f"{directory} has no {MANIFEST}, it was saved again: give the folder of gfwsvd compress")
-    report = CompressionReport.from_json(details)
+    report = read_report(directory)
     work = target.with_name(f"{target.name}.tune")
     loaded, tokenizer, name = sources.load_model(str(directory), device=device)
     dense, dense_name = None, None
@@ -339,26 +342,34 @@ def convert_command(
         str | None,
         typer.Option("--base", metavar="MODEL", help="the dense model whose factors, by others, SOURCE holds"),
     ] = None,
+    bits: Bits = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
-    """Write a compressed model in another form: dense again, or from the factors of other projects to gfwsvd's form.
+    """Write a compressed model in another form: dense again, with factors in eight bits, or from the factors of other
+    projects to gfwsvd's form.
 
     With --base, SOURCE is a .safetensors file, a state dict saved with torch.save, or a folder of either, with the
     tensor names of SVD-LLM, ASVD, LEMS or PIFA. Pickled models are refused: to read one is to run its code.
     """
-    if to_dense == (base is not None):
-        raise GfwsvdError("give either --merge, to make a dense model, or --base MODEL, to read what others published")
+    if to_dense + (base is not None) + (bits is not None) != 1:
+        raise GfwsvdError(
+            "give either --merge, to make a dense model, --bits 8, to round the factors, or --base MODEL, to read what "
+            "others published"
+        )
     check_dtype(dtype)
-    from .convert import import_published, merge
+    check_bits(bits)
+    from .convert import import_published, in_eight_bits, merge
 
-    if base is None:
-        merged = merge(source, out, dtype=dtype, overwrite=overwrite, track=bar)
-        print_values({"out": str(out), "merged_layers": merged}, json_output)
-    else:
-        result = import_published(source, out, base=base, dtype=dtype, overwrite=overwrite, track=bar)
-        print_values(_summary(result, out), json_output)
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "track": bar}
+    if to_dense:
+        print_values({"out": str(out), "merged_layers": merge(source, out, **options)}, json_output)
+        return
+    result = (
+        in_eight_bits(source, out, **options) if base is None else import_published(source, out, base=base, **options)
+    )
+    print_values(_summary(result, out), json_output)
 
 
 def _check_no_calibration(context: typer.Context) -> None:
