@@ -3,8 +3,8 @@
     python -m benchmarks.quantised --calibration wiki.train.raw --evaluation wiki.valid.raw --stats DIR --results FILE
 
 Weights are rounded to the numbers that a few bits can say and multiplied as before: that gives the quality and the
-size, not the speed. Eight bits have one scale (float16) a row of a dense weight; of two factors one a row of `down` and
-one a column of `up`, which together are one scale for each number in between. Four bits have a scale for each 64
+size, not the speed. Eight bits have one scale (bfloat16) a row of a dense weight; of factors one a row of `down` and
+one a column of `up`, as `gfwsvd compress --bits 8` stores them. Four bits have a scale (float16) for each 64
 numbers of a row; of two factors the columns of `up` are first brought to one size, which the rows of `down` take over.
 4+8 has four bits in `down`, and in dense weights, and eight in `up`. All symmetric, by the largest magnitude, without
 calibration. Bytes are those of the linear layers; 16-bit rows are bfloat16. Rows that FILE holds are not computed
@@ -27,6 +27,7 @@ from gfwsvd.evaluate import evaluate
 from gfwsvd.layers import LowRankLinear, find_linears
 from gfwsvd.logits import ReferenceLogits
 from gfwsvd.progress import bar
+from gfwsvd.quantise import UNIT, whole_numbers
 from gfwsvd.ranks import STORAGE
 from gfwsvd.sweep import Run, compressed_models
 
@@ -34,22 +35,18 @@ GROUP = 64
 Rounding = Callable[[Tensor, int], tuple[Tensor, int]]  # a matrix and where its scales run -> rounded, bytes
 
 
-def _rounded(values: Tensor, dim: int, most: int) -> Tensor:
-    """To integers of at most `most`, times a scale that is the same along `dim`."""
-    scale = (values.abs().amax(dim, keepdim=True) / most).clamp_min(1e-8).half().float()
-    return (values / scale).round().clamp_(-most, most) * scale
-
-
 def eight_bits(matrix: Tensor, dim: int) -> tuple[Tensor, int]:
-    """One scale for all numbers along `dim`."""
-    return _rounded(matrix, dim, 127), matrix.numel() + 2 * (matrix.numel() // matrix.shape[dim])
+    """One scale for all numbers along `dim`, as a checkpoint stores factors in eight bits."""
+    steps, scale = whole_numbers(matrix, dim, dtype=torch.bfloat16)
+    return UNIT * steps * scale.float().unsqueeze(dim), matrix.numel() + 2 * scale.numel()
 
 
 def four_bits(matrix: Tensor, dim: int) -> tuple[Tensor, int]:
     """One scale for each `GROUP` numbers of a row, whatever `dim` is; the last group of a row may be shorter."""
     rows, width = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -width % GROUP)).view(rows, -1, GROUP)
-    rounded = _rounded(padded, -1, 7).reshape(rows, -1)[:, :width]
+    scale = (padded.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).half().float()
+    rounded = ((padded / scale).round().clamp_(-7, 7) * scale).reshape(rows, -1)[:, :width]
     return rounded, rows * ((width + 1) // 2 + 2 * padded.shape[1])
 
 
