@@ -3,10 +3,12 @@
     python -m benchmarks.quantised --calibration wiki.train.raw --evaluation wiki.valid.raw --stats DIR --results FILE
 
 Weights are rounded to the numbers that a few bits can say and multiplied as before: that gives the quality and the
-size, not the speed. Eight bits have one scale (float16) a row of a dense weight; of two factors one a row of `down` and
-one a column of `up`, which together are one scale for each number in between. Four bits have a scale for each 64
-numbers of a row. All symmetric, by the largest magnitude, without calibration. Bytes are those of the linear layers;
-16-bit rows are bfloat16. Rows that FILE holds are not computed again.
+size, not the speed. Eight bits have one scale (bfloat16) a row of a dense weight; of factors one a row of `down` and
+one a column of `up`, as `gfwsvd compress --bits 8` stores them. Four bits have a scale (float16) for each 64
+numbers of a row; of two factors the columns of `up` are first brought to one size, which the rows of `down` take over.
+4+8 has four bits in `down`, and in dense weights, and eight in `up`. All symmetric, by the largest magnitude, without
+calibration. Bytes are those of the linear layers; 16-bit rows are bfloat16. Rows that FILE holds are not computed
+again.
 """
 
 import argparse
@@ -25,28 +27,26 @@ from gfwsvd.evaluate import evaluate
 from gfwsvd.layers import LowRankLinear, find_linears
 from gfwsvd.logits import ReferenceLogits
 from gfwsvd.progress import bar
+from gfwsvd.quantise import UNIT, whole_numbers
+from gfwsvd.ranks import STORAGE
 from gfwsvd.sweep import Run, compressed_models
 
 GROUP = 64
 Rounding = Callable[[Tensor, int], tuple[Tensor, int]]  # a matrix and where its scales run -> rounded, bytes
 
 
-def _rounded(values: Tensor, dim: int, most: int) -> Tensor:
-    """To integers of at most `most`, times a scale that is the same along `dim`."""
-    scale = (values.abs().amax(dim, keepdim=True) / most).clamp_min(1e-8).half().float()
-    return (values / scale).round().clamp_(-most, most) * scale
-
-
 def eight_bits(matrix: Tensor, dim: int) -> tuple[Tensor, int]:
-    """One scale for all numbers along `dim`."""
-    return _rounded(matrix, dim, 127), matrix.numel() + 2 * (matrix.numel() // matrix.shape[dim])
+    """One scale for all numbers along `dim`, as a checkpoint stores factors in eight bits."""
+    steps, scale = whole_numbers(matrix, dim, dtype=torch.bfloat16)
+    return UNIT * steps * scale.float().unsqueeze(dim), matrix.numel() + 2 * scale.numel()
 
 
 def four_bits(matrix: Tensor, dim: int) -> tuple[Tensor, int]:
     """One scale for each `GROUP` numbers of a row, whatever `dim` is; the last group of a row may be shorter."""
     rows, width = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -width % GROUP)).view(rows, -1, GROUP)
-    rounded = _rounded(padded, -1, 7).reshape(rows, -1)[:, :width]
+    scale = (padded.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).half().float()
+    rounded = ((padded / scale).round().clamp_(-7, 7) * scale).reshape(rows, -1)[:, :width]
     return rounded, rows * ((width + 1) // 2 + 2 * padded.shape[1])
 
 
@@ -55,7 +55,13 @@ def sixteen_bits(matrix: Tensor, dim: int) -> tuple[Tensor, int]:
     return matrix, 2 * matrix.numel()
 
 
-BITS: dict[int, Rounding] = {16: sixteen_bits, 8: eight_bits, 4: four_bits}
+# Of a dense weight or `down`, and of `up`
+BITS: dict[str, tuple[Rounding, Rounding]] = {
+    "16": (sixteen_bits, sixteen_bits),
+    "8": (eight_bits, eight_bits),
+    "4": (four_bits, four_bits),
+    "4+8": (four_bits, eight_bits),
+}
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -68,15 +74,19 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, bits: int) -> int:
+def quantise(model: nn.Module, bits: str) -> int:
     """Rounds the linear layers of a dense or compressed model in place; the bytes that they then take."""
     total = 0
     for layer in layers(model):
+        if isinstance(layer, LowRankLinear) and layer.order is None and bits != "16":
+            size = layer.up.abs().amax(0).clamp_min(1e-30)
+            layer.up.div_(size)
+            layer.weight.mul_(size[:, None])
         # The scales of `up` run down its columns: they meet those of the rows of `down` in the intermediate
         parts = [(layer.weight, 1)] + ([(layer.up, 0)] if isinstance(layer, LowRankLinear) else [])
-        for part, dim in parts:
+        for (part, dim), rounding in zip(parts, BITS[bits], strict=False):
             assert isinstance(part, Tensor)
-            rounded, num_bytes = BITS[bits](part.float(), dim)
+            rounded, num_bytes = rounding(part.float(), dim)
             part.copy_(rounded)
             total += num_bytes
         if isinstance(layer, LowRankLinear) and layer.order is not None:
@@ -87,7 +97,9 @@ def quantise(model: nn.Module, bits: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     setting.add_arguments(parser)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.6])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.9, 0.8, 0.6])
+    parser.add_argument("--storage", choices=STORAGE, default="pivoted")
+    parser.add_argument("--bits", choices=BITS, nargs="+", default=["16", "8", "4"])
     arguments = parser.parse_args()
     made = record.provenance()
     prepared = setting.prepare(arguments)
@@ -95,25 +107,26 @@ def main() -> None:
     reference = ReferenceLogits(copy.deepcopy(prepared.model).to(dtype), prepared.windows, track=bar)
     rows = [row for row in record.read(arguments.results) if all(row.get(k) == v for k, v in prepared.about.items())]
 
-    def add(model: nn.Module, keep: float) -> None:
-        for bits in BITS:
-            if any((row["keep"], row["bits"]) == (keep, bits) for row in rows):
+    def add(model: nn.Module, keep: float, storage: str, widths: list[str]) -> None:
+        done = {(row["keep"], row.get("storage", "pivoted"), str(row["bits"])) for row in rows}
+        for bits in widths:
+            if (keep, storage, bits) in done:
                 continue
             rounded = copy.deepcopy(model)
             num_bytes = quantise(rounded, bits)
             found = evaluate(rounded.to(dtype), prepared.windows, reference=reference, track=bar).to_json()
-            row: dict[str, Any] = {"benchmark": "quantised", "keep": keep, "bits": bits, "linear_bytes": num_bytes}
-            rows.append({**row, **found, **prepared.about, **made})
+            row: dict[str, Any] = {"benchmark": "quantised", "keep": keep, "bits": bits, "storage": storage}
+            rows.append({**row, "linear_bytes": num_bytes, **found, **prepared.about, **made})
             record.append(arguments.results, rows[-1])
 
-    add(prepared.model, 1.0)
-    runs = [Run("gfwsvd", "global", keep) for keep in arguments.keep]
+    add(prepared.model, 1.0, "pivoted", [bits for bits in arguments.bits if bits.isdigit()])
+    runs = [Run("gfwsvd", "global", keep, arguments.storage) for keep in arguments.keep]
     for run, model, _, _ in compressed_models(prepared.model, prepared.statistics, runs, track=bar):
-        add(model, run.keep)
-    table = Table("keep", "bits", "MB of linear layers", "perplexity", "KL")
+        add(model, run.keep, run.storage, arguments.bits)
+    table = Table("keep", "storage", "bits", "MB of linear layers", "perplexity", "KL")
     for row in sorted(rows, key=lambda row: -row["linear_bytes"]):
         cells = (f"{row['linear_bytes'] / 1e6:.1f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}")
-        table.add_row(f"{row['keep']}", str(row["bits"]), *cells)
+        table.add_row(f"{row['keep']}", row.get("storage", "pivoted"), str(row["bits"]), *cells)
     Console().print(table)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SETTINGS = ("method", "keep", "ranks", "rank_multiple", "storage", "damping")
+_SETTINGS = ("method", "keep", "ranks", "rank_multiple", "storage", "bits", "damping")
 _TEXT = ("text", "sequences", "seq_len", "tokens")
+_VLLM = "vLLM reads it as it is where gfwsvd is installed beside it. "
 _LOADING = """\
 ## Loading it
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, {auto_class}
 model = {auto_class}.from_pretrained("PATH OR NAME OF THIS MODEL")
 ```
 
-vLLM reads it as it is where gfwsvd is installed beside it. Programs that do not know the format read the dense model
+{vllm}Programs that do not know the format read the dense model
 that `gfwsvd convert THIS --merge --out DIR` makes of it: the same function at the size of the original.
 """
 
@@ -39,9 +40,10 @@ def model_card(report: Mapping[str, Any], *, auto_class: str, base_card: str) ->
     header |= {"base_model": base} if _HUB_NAME.fullmatch(base) else {}
     header |= {"license": licence} if licence else {}
     front = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML as well
-    settings = {key: report[key] for key in _SETTINGS}
+    settings = {key: report[key] for key in _SETTINGS if report[key] is not None}
     settings |= {key: provenance[key] for key in _TEXT if key in provenance} | dict(provenance.get("settings", {}))
     settings |= {"converted_from": provenance["converted_from"]} if "converted_from" in provenance else {}
+    sizes_in_bytes = {"whole model": report["model_bytes"], "whole model before": report["model_dense_bytes"]}
     kinds = Counter(layer["kind"] for layer in report["layers"])
     sizes = {
         "share of the linear layers' weights kept": report["kept"],
@@ -49,6 +51,7 @@ def model_card(report: Mapping[str, Any], *, auto_class: str, base_card: str) ->
         "numbers in them before": report["dense"],
         "numbers of the whole model": report["model_stored"],
         "numbers of the whole model before": report["model_dense"],
+        **{f"bytes of the {key}": value for key, value in sizes_in_bytes.items() if value is not None},
         **{f"{kind} layers": count for kind, count in kinds.items()},
     }
     if report["predicts_loss"]:
@@ -63,7 +66,7 @@ def model_card(report: Mapping[str, Any], *, auto_class: str, base_card: str) ->
         _table("How it was made", "setting", settings),
         _table("What it holds", "count", sizes),
         "No quality was measured when this card was written; `gfwsvd eval` does it.",
-        _LOADING.format(auto_class=auto_class),
+        _LOADING.format(auto_class=auto_class, vllm="" if report["bits"] else _VLLM),
     ]
     return "\n\n".join(parts)
 

@@ -2,16 +2,16 @@
 
 A checkpoint is an ordinary transformers folder whose `quantization_config` is the *format section*
 
-    {"quant_method": "gfwsvd", "format_version": 1, "method": ..., "keep": ..., "kept": ...,
-     "layers": {NAME: {"kind": "lowrank" | "pivoted", "rank": R} | {"kind": "dense"}}}
+    {"quant_method": "gfwsvd", "format_version": 1 | 2, "method": ..., "keep": ..., "kept": ...,
+     "layers": {NAME: {"kind": "lowrank" | "pivoted", "rank": R[, "bits": 8]} | {"kind": "dense"}}}
 
 with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer; `NAME.weight`
 (R, D_IN), `NAME.up` (D_OUT - R, R) and `NAME.order` (D_OUT,) int32 for a pivoted one (see `layers.LowRankLinear`); and
-`NAME.weight` for a dense one. The manifest `gfwsvd.json` beside it holds the report, the digest of each tensor file,
-and a digest of itself.
+`NAME.weight` for a dense one. With `bits` both factors are int8, and `NAME.scales` (2, R) holds the scales of the rows
+of down and of the columns of up (see `quantise`); only then is the version 2, so that readers of version 1 refuse it.
+The manifest `gfwsvd.json` beside it holds the report, the digest of each tensor file, and a digest of itself.
 """
 
-import math
 import os
 import re
 from collections import Counter
@@ -22,44 +22,56 @@ from typing import Any, NamedTuple
 
 from .errors import GfwsvdError
 from .folders import TensorInfo, check_seal, read_headers, read_json
-from .ranks import stored
+from .quantise import BITS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, BITS_VERSION = 1, 2  # the second where a layer has `bits`
 QUANT_METHOD = "gfwsvd"
 MANIFEST = "gfwsvd.json"
 
 _SECTION_KEYS = {"quant_method", "format_version", "method", "keep", "kept", "layers"}
 _MOST_LAYERS = 1 << 16  # of a section; transformers copies it several times
 _FLOATS = {"F16", "BF16", "F32", "F64"}
-_DTYPES = {"weight": _FLOATS, "up": _FLOATS, "bias": _FLOATS, "order": {"I32"}}
+_DTYPES = {"weight": _FLOATS, "up": _FLOATS, "bias": _FLOATS, "order": {"I32"}, "scales": _FLOATS}
+_BITS_DTYPES = _DTYPES | {"weight": {"I8"}, "up": {"I8"}}
 
 
 class Entry(NamedTuple):
-    """What a format section says of a layer: `rank` is None for a dense one."""
+    """What a format section says of a layer: `rank` is None for a dense one, `bits` where factors are floats."""
 
     kind: str
     rank: int | None
+    bits: int | None = None
 
     @property
     def pivoted(self) -> bool:
         return self.kind == "pivoted"
 
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the section."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
     def shapes(self, d_out: int, d_in: int) -> dict[str, tuple[int, ...]]:
         """Last name and shape of each of its tensors, biases aside, where the layer has d_in inputs, d_out outputs."""
         if self.rank is None:
             return {"weight": (d_out, d_in)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.rank, d_in)}
+        shapes["up"] = (d_out - self.rank * self.pivoted, self.rank)
         if self.pivoted:
-            return {"weight": (self.rank, d_in), "up": (d_out - self.rank, self.rank), "order": (d_out,)}
-        return {"weight": (self.rank, d_in), "up": (d_out, self.rank)}
+            shapes["order"] = (d_out,)
+        if self.bits is not None:
+            shapes["scales"] = (2, self.rank)
+        return shapes
 
 
 class StoredLayer(NamedTuple):
-    """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts leave biases out."""
+    """A compressed linear layer of a checkpoint: `rank` is None for a dense one; counts and bytes leave biases out."""
 
     kind: str
     rank: int | None
+    bits: int | None
     stored: int
     dense: int
+    bytes: int
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -93,10 +105,10 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
     """
     if section.get("quant_method") != QUANT_METHOD:
         raise GfwsvdError(f"config.json: quant_method should be {QUANT_METHOD!r}, got {section.get('quant_method')!r}")
-    if section.get("format_version") != FORMAT_VERSION:
+    if (version := section.get("format_version")) not in (FORMAT_VERSION, BITS_VERSION):
         raise GfwsvdError(
-            f"this gfwsvd reads checkpoints of format_version {FORMAT_VERSION}, got "
-            f"{section.get('format_version')!r}; use the gfwsvd that wrote the checkpoint, or a newer one"
+            f"this gfwsvd reads checkpoints of format_version {FORMAT_VERSION} and {BITS_VERSION}, got "
+            f"{version!r:.200}; use the gfwsvd that wrote the checkpoint, or a newer one"
         )
     if unknown := sorted(section.keys() - _SECTION_KEYS):
         raise GfwsvdError(f"config.json: quantization_config has keys of no meaning: {', '.join(map(repr, unknown))}")
@@ -112,19 +124,23 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
             f"config.json: quantization_config should list the layers, {_MOST_LAYERS} at most, in an object `layers`; "
             "the file was changed"
         )
+    details = [{}, *({"bits": bits} for bits in BITS if version == BITS_VERSION)]
     entries: dict[str, Entry] = {}
     for name, entry in layers.items():
         if not name.isprintable() or not all(name.split(".")):
             raise GfwsvdError(f"config.json: expected names of modules in `layers`, got {name!r:.200}")
         match entry:
-            case {"kind": "dense"}:
+            case {"kind": "dense", **rest} if not rest:
                 entries[name] = Entry("dense", None)
-            case {"kind": "lowrank" | "pivoted" as kind, "rank": int(rank)} if rank > 0 and not isinstance(rank, bool):
-                entries[name] = Entry(kind, rank)
+            case {"kind": "lowrank" | "pivoted" as kind, "rank": int(rank), **rest} if (
+                rank > 0 and not isinstance(rank, bool) and rest in details
+            ):
+                entries[name] = Entry(kind, rank, BITS[0] if rest else None)
             case _:
                 raise GfwsvdError(
-                    f"config.json: layer {name}: expected kind 'lowrank' or 'pivoted' with a positive rank, or kind "
-                    f"'dense', got {entry!r:.200}; the file was changed, or a newer gfwsvd wrote it"
+                    f"config.json: layer {name}: expected kind 'lowrank' or 'pivoted' with a positive rank and, in "
+                    f"format_version {BITS_VERSION}, bits {BITS[0]} or none, or kind 'dense', got {entry!r:.200}; the "
+                    "file was changed, or a newer gfwsvd wrote it"
                 )
     return entries
 
@@ -153,12 +169,14 @@ def check_layers(
         weight = _tensor(tensors, f"{name}.weight", dimensions=2)
         rank = entry.rank
         if rank is None:
-            size = math.prod(weight.shape)
-            checked[name] = StoredLayer("dense", None, size, size)
+            checked[name] = StoredLayer("dense", None, None, weight.numbers, weight.numbers, weight.num_bytes)
             continue
         found = {"weight": weight, "up": _tensor(tensors, f"{name}.up", dimensions=2)}
         if entry.pivoted:
             found["order"] = _tensor(tensors, f"{name}.order", dimensions=1)
+        if entry.bits is not None:
+            found["scales"] = _tensor(tensors, f"{name}.scales", dimensions=2)
+        counted = list(found.values())
         if name in biased:
             found["bias"] = _tensor(tensors, f"{name}.bias", dimensions=1)
         outputs = found["order" if entry.pivoted else "up"].shape[0]
@@ -166,16 +184,18 @@ def check_layers(
         if rank > min(d_out - entry.pivoted, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
         expected_shapes = {**entry.shapes(d_out, d_in), "bias": (d_out,)}
+        dtypes = _DTYPES if entry.bits is None else _BITS_DTYPES
         for leaf, info in found.items():
-            if info.dtype not in _DTYPES[leaf]:
-                types = ", ".join(sorted(_DTYPES[leaf]))
+            if info.dtype not in dtypes[leaf]:
+                types = ", ".join(sorted(dtypes[leaf]))
                 raise GfwsvdError(f"{info.file}: {name}.{leaf} should be of type {types}, got {info.dtype}")
             if info.shape != (expected := expected_shapes[leaf]):
                 raise GfwsvdError(
                     f"{info.file}: {name}.{leaf} should be {expected} by config.json, got {info.shape}; "
                     "the two files are not of one checkpoint, copy the folder again"
                 )
-        checked[name] = StoredLayer(entry.kind, rank, stored(d_out, d_in, rank, entry.pivoted), d_out * d_in)
+        numbers, num_bytes = (sum(getattr(info, count) for info in counted) for count in ("numbers", "num_bytes"))
+        checked[name] = StoredLayer(entry.kind, rank, entry.bits, numbers, d_out * d_in, num_bytes)
     for tensor, info in tensors.items():
         name, _, leaf = tensor.rpartition(".")
         if leaf == "up" and f"{name}.weight" in tensors and entries.get(name, Entry("dense", None)).rank is None:
@@ -222,10 +242,10 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         Plain JSON values: `format_version`, `method`, `keep` (asked), `kept` (achieved), `time_kept` (by the latency
         table, None without one); `kinds`, the number of layers of each kind; `stored` and `dense`, the weights of the
-        compressed linear layers now and before; `model_stored` and `model_dense`, the same for all tensors;
-        `provenance`; and `layers`, a list of objects with `name`, `kind`, `rank`, `stored`, `dense` and whatever else
-        the report says of the layer. A checkpoint that was saved again without its manifest has an empty `provenance`
-        and the bare layers.
+        compressed linear layers now and before; `model_stored` and `model_dense`, the same for all tensors; `bytes` and
+        `model_bytes`, what these take now; `provenance`; and `layers`, a list of objects with `name`, `kind`, `rank`,
+        `bits`, `stored`, `dense`, `bytes` and whatever else the report says of the layer. A checkpoint that was saved
+        again without its manifest has an empty `provenance` and the bare layers.
 
     Raises:
         GfwsvdError: when the folder is no checkpoint of this format, or one that was cut short or changed.
@@ -239,8 +259,10 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     report = read_manifest(folder).get("report", {})
     details = {entry["name"]: entry for entry in report.get("layers", ())}
     names = [name for name in details if name in layers] if details.keys() >= layers.keys() else list(layers)
-    sizes, dense = (sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense"))
-    model_stored = sum(math.prod(info.shape) for info in tensors.values())
+    sizes, dense, num_bytes = (
+        sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense", "bytes")
+    )
+    model_stored = sum(info.numbers for info in tensors.values())
     return {
         **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
         "time_kept": report.get("time_kept"),
@@ -249,6 +271,8 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "dense": dense,
         "model_stored": model_stored,
         "model_dense": model_stored - sizes + dense,
+        "bytes": num_bytes,
+        "model_bytes": sum(info.num_bytes for info in tensors.values()),
         "provenance": report.get("provenance", {}),
         "layers": [{**details.get(name, {}), "name": name, **layers[name]._asdict()} for name in names],
     }

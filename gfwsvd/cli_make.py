@@ -11,7 +11,6 @@ import typer
 from . import sources
 from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, about_calibration, calibrate, check_settings
-from .checkpoint import MANIFEST, read_manifest
 from .checkpoint import inspect as inspect_checkpoint
 from .cli_app import (
     app,
@@ -33,6 +32,7 @@ from .methods import METHODS, method_named
 from .options import (
     TEXT_HELP,
     BatchSize,
+    Bits,
     Bounds,
     Clip,
     Deterministic,
@@ -58,8 +58,10 @@ from .options import (
     Unit,
     one_of,
 )
+from .outcome import read_report
 from .output import print_values
 from .progress import bar
+from .quantise import check_bits
 from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .store import JSON_NAME, load_statistics, save_statistics
@@ -164,6 +166,7 @@ def compress_command(
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
     ] = "pivoted",
+    bits: Bits = None,
     damping: Annotated[
         float, typer.Option("--damping", min=0, help="added to the metrics' diagonals, relative to their mean")
     ] = DAMPING,
@@ -206,6 +209,7 @@ def compress_command(
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_storage(storage)
+    check_bits(bits)
     bounds = parse_bounds(bound)
     check_bounds(bounds)
     check_settings(unit, labels, sweeps, clip)
@@ -239,6 +243,7 @@ def compress_command(
             rank_multiple=rank_multiple,
             bounds=bounds,
             latency=table,
+            bits=bits,
             statistics=statistics,
             work=work,
             track=bar,
@@ -288,9 +293,7 @@ def tune_command(
     check_training(epochs, learning_rate, dtype)
     target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     inspect_checkpoint(directory)
-    if (details := read_manifest(directory).get("report")) is None:
-        raise GfwsvdError(f"{directory} has no {MANIFEST}, it was saved again: give the folder of gfwsvd compress")
-    report = CompressionReport.from_json(details)
+    report = read_report(directory)
     work = target.with_name(f"{target.name}.tune")
     loaded, tokenizer, name = sources.load_model(str(directory), device=device)
     dense, dense_name = None, None
@@ -345,11 +348,13 @@ def convert_command(
             "--base", metavar="MODEL", help="the dense model: of --lora, or whose factors, by others, SOURCE is"
         ),
     ] = None,
+    bits: Bits = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
-    """Write a compressed model in another form: dense, as an adapter, or from the factors of others to gfwsvd's form.
+    """Write a compressed model in another form: dense, as an adapter, in eight bits, or from the factors of others to
+    gfwsvd's form.
 
     With --lora, an adapter over --base makes it compute what SOURCE computes, to compare them; it saves nothing. It is
     refused where it would not be exact up to rounding, as after gfwsvd tune.
@@ -358,26 +363,31 @@ def convert_command(
     the tensor names of SVD-LLM, ASVD, LEMS or PIFA. Pickled models are refused: to read one is to run its code.
     """
     check_dtype(dtype)
+    check_bits(bits)
     options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "track": bar}
-    match to_dense, to_adapter, base:
-        case True, False, None:
+    match to_dense, to_adapter, bits, base:
+        case True, False, None, None:
             from .convert import merge
 
             found: dict[str, Any] = {"out": str(out), "merged_layers": merge(source, out, **options)}
-        case False, True, str():
+        case False, True, None, str():
             from .adapter import write_adapter
 
             adapter = write_adapter(source, out, base=base, **options)
             found = {"out": str(out), "adapted_layers": len(adapter.ranks), **adapter._asdict()}
             found["ranks"] = [min(adapter.ranks.values()), max(adapter.ranks.values())]
-        case False, False, str():
+        case False, False, int(), None:
+            from .convert import in_eight_bits
+
+            found = _summary(in_eight_bits(source, out, **options), out)
+        case False, False, None, str():
             from .convert import import_published
 
             found = _summary(import_published(source, out, base=base, **options), out)
         case _:
             raise GfwsvdError(
-                "give either --merge, to make a dense model, or --lora and --base MODEL, to make an adapter, or --base "
-                "MODEL alone, to read what others published"
+                "give either --merge, to make a dense model, or --lora and --base MODEL, to make an adapter, or --bits "
+                "8, to round the factors, or --base MODEL alone, to read what others published"
             )
     print_values(found, json_output)
 

@@ -218,13 +218,14 @@ def inspect_command(
     if json_output:
         print_values(found, json_output)
         return
-    table = Table(Column("layer", overflow="fold"), "kind", "rank", "stored", "dense", "predicted loss")
+    table = Table(Column("layer", overflow="fold"), "kind", "rank", "bits", "stored", "dense", "predicted loss")
     for layer in found["layers"]:
         loss = layer.get("predicted_loss")  # whatever a manifest of others says
         table.add_row(
             layer["name"],
             layer["kind"],
             str(layer["rank"] or ""),
+            str(layer["bits"] or ""),
             f"{layer['stored']:,}",
             f"{layer['dense']:,}",
             f"{loss:.2e}" if isinstance(loss, float) else "",

@@ -11,10 +11,11 @@ from .bounds import Bound, bounds_of, check_bounds
 from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration, calibrate, silent
 from .errors import GfwsvdError
 from .latency import LatencyTable
-from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, weight_shape
+from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
 from .methods import KRONECKER, Method, method_named
 from .outcome import CompressionReport as CompressionReport
 from .outcome import LayerReport as LayerReport
+from .quantise import check_bits
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
 from .solve import Built, Solution
 from .spread import build_layers, solve_layers
@@ -38,6 +39,7 @@ def compress(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     latency: LatencyTable | None = None,
     storage: str = "pivoted",
+    bits: int | None = None,
     damping: float = DAMPING,
     guard: bool = True,
     statistics: Statistics | None = None,
@@ -71,6 +73,8 @@ def compress(
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
+        bits: 8 stores the factors as whole numbers of eight bits with two scales a rank (`quantise.py`), which count
+            in what is stored, beyond `keep`. Layers that stay dense, biases and all others keep their dtype.
         damping: added to each metric's diagonal, relative to its mean.
         guard: where a method weighs both sides and the statistics have held-out tokens, factor each layer by whichever
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
@@ -89,10 +93,13 @@ def compress(
     check_keep(keep)
     check_ranks(ranks, rank_multiple)
     check_storage(storage)
+    check_bits(bits)
     check_damping(damping)
     check_bounds(bounds or {})
     if latency is not None and ranks != "global":
         raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
+    if latency is not None and bits is not None:
+        raise GfwsvdError(f"a latency table has no times of factors in {bits} bits: leave out the table or the bits")
     _check_dense(model)
     blanks = _blanks(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
     if latency is not None:
@@ -132,13 +139,15 @@ def compress(
         solutions=solutions,
         factors=factors,
         ranks=allocate(candidates, **spend),
+        bits=bits,
         multiple=rank_multiple,
         cost=cost,
         track=track,
     )
-    model_dense = _numbers(model)
+    before = model_size(model)
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
+    after = model_size(model)
     reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
     for report in reports:
         if report.kind == "dense":
@@ -152,12 +161,15 @@ def compress(
         ranks=ranks,
         rank_multiple=rank_multiple,
         storage=storage,
+        bits=bits,
         damping=damping,
         guard=guard,
         stored=stored,
         dense=dense,
-        model_stored=_numbers(model),
-        model_dense=model_dense,
+        model_stored=after.numbers,
+        model_dense=before.numbers,
+        model_bytes=after.bytes,
+        model_dense_bytes=before.bytes,
         predicts_loss=row.predicts_loss,
         seconds=time.perf_counter() - began,
         layers=reports,
@@ -269,6 +281,7 @@ def _layer_report(
         d_in=candidate.d_in,
         d_out=candidate.d_out,
         rank=None if layer is None else layer.rank,
+        bits=None if layer is None else layer.bits,
         stored=candidate.dense if layer is None else layer.stored,
         dense=candidate.dense,
         predicted_loss=0.0 if layer is None else candidate.tails()[layer.rank].item(),
@@ -281,9 +294,3 @@ def _layer_report(
         spectrum_index=points.tolist(),
         **solution.soundness,
     )
-
-
-def _numbers(model: nn.Module) -> int:
-    """What the model stores: its parameters, and the orders of outputs of pivoted layers."""
-    layers = (module for module in model.modules() if isinstance(module, LowRankLinear) and module.order is not None)
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(layer.out_features for layer in layers)

@@ -17,9 +17,11 @@ from .compress import CompressionReport, LayerReport
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_output_folder, read_headers
 from .hf import GfwsvdQuantizer, save_pretrained, write_model
-from .layers import LowRankLinear, dense_weight, find_linears, is_linear, is_transposed
+from .layers import LowRankLinear, dense_weight, find_linears, is_linear, is_transposed, model_size
 from .layouts import LAYOUTS, Factors, check_numbers, find_layout, read_layers
+from .outcome import read_report
 from .pivot import Pivoted
+from .quantise import BITS
 from .sources import load_model
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def merge(
         skeleton = type(model)(model.config)
     for name, layer in track(layers, f"products of {len(layers)} layers"):
         dense: Any = skeleton.get_submodule(name)
-        weight = layer.product(torch.float64).to(layer.weight.dtype)
+        weight = layer.product(torch.float64).to(layer.dtype)
         dense.weight = nn.Parameter(weight.T.contiguous() if is_transposed(dense) else weight)
         dense.bias = layer.bias
         model.set_submodule(name, dense)
@@ -61,6 +63,44 @@ def merge(
     with atomic_folder(directory, overwrite=overwrite, marker="config.json") as folder:
         write_model(model, folder, tokenizer)
     return len(layers)
+
+
+def in_eight_bits(
+    source: str,
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    track: Track = silent,
+) -> CompressionReport:
+    """Write a checkpoint of ours with its factors rounded to eight bits (`quantise.py`).
+
+    Args:
+        source: a folder of gfwsvd compress or tune, with its manifest.
+        directory, overwrite: see `merge`.
+        dtype: of all other tensors, by default as stored.
+
+    Raises:
+        GfwsvdError: when the source cannot be loaded, has no manifest, no low-rank layers or some in eight bits
+            already, or the folder cannot be written.
+    """
+    check_output_folder(directory, overwrite=overwrite, marker="config.json")
+    report = read_report(Path(source).expanduser())
+    model, tokenizer, _ = load_model(source, dtype=dtype)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    if not layers or any(layer.bits for layer in layers.values()):
+        raise GfwsvdError(f"{source} has no low-rank layers whose factors are not in eight bits already")
+    reports = {layer.name: layer for layer in report.layers}
+    for name, layer in track(list(layers.items()), f"{len(layers)} layers in eight bits"):
+        rounded = layer.in_eight_bits()
+        model.set_submodule(name, rounded)
+        reports[name].bits, reports[name].stored, reports[name].rounding_loss = rounded.bits, rounded.stored, None
+    size = model_size(model)
+    report.bits, report.model_stored, report.model_bytes = BITS[0], size.numbers, size.bytes
+    report.stored = sum(layer.stored for layer in report.layers)
+    report.kept = report.stored / report.dense
+    save_pretrained(model, directory, report=report, tokenizer=tokenizer, overwrite=overwrite)
+    return report
 
 
 def import_published(
@@ -98,12 +138,13 @@ def import_published(
     factors, others = read_layers(published, layout, shapes)
     _check_others(model, factors, others)
     reported = {**factors, **find_linears(model)}
+    before = model_size(model)
     for name in track(list(factors), f"{layout_name}: {len(factors)} layers"):
         model.set_submodule(name, _layer(linears[name], factors[name]))
     model.load_state_dict(others, strict=False)
     layers = [_report(model.get_submodule(name), name, *shapes[name]) for name in linears if name in reported]
     stored, dense = (sum(getattr(layer, count) for layer in layers) for count in ("stored", "dense"))
-    numbers = model.num_parameters() + sum(layer.d_out for layer in layers if layer.kind == "pivoted")
+    after = model_size(model)
     report = CompressionReport(
         method=layout.method,
         keep=stored / dense,
@@ -114,8 +155,10 @@ def import_published(
         damping=0.0,
         stored=stored,
         dense=dense,
-        model_stored=numbers,
-        model_dense=numbers - stored + dense,
+        model_stored=after.numbers,
+        model_dense=before.numbers,
+        model_bytes=after.bytes,
+        model_dense_bytes=before.bytes,
         predicts_loss=False,
         seconds=time.perf_counter() - began,
         layers=layers,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,15 @@ class TensorInfo(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        width = re.search(r"\d+", self.dtype)  # all types of safetensors are named by their bits, but BOOL
+        return self.numbers * int(width[0] if width else 8) // 8
 
 
 def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str | None = None) -> Path:

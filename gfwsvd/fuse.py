@@ -70,8 +70,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Projections of one input (`SIBLINGS`: queries, keys and values, gate and up) share a call, every other low-rank
     layer has one of its own; on a GPU a call is two launches for one or two tokens, in `GraphDecoder` best. For longer
     batches and prompts it is no faster than two matrix products a layer, and on a CPU it is slower than the layers as
-    they were. Dense layers stay. Outputs are equal up to rounding. Afterwards the model can be moved to
-    no other device or dtype, and neither trained nor saved; the tensors of its low-rank layers are released.
+    they were. Dense layers stay, and factors in eight bits are read as they are. Outputs are equal up to rounding.
+    Afterwards the model can be moved to no other device or dtype, and neither trained nor saved; the tensors of its
+    low-rank layers are released.
 
     Returns:
         `model`.
@@ -108,4 +109,4 @@ def _factors(layer: LowRankLinear) -> Factors:
     pivots = None
     if layer.order is not None:  # where each output stands: the pivots are those that stand in the first ranks
         pivots = layer.order.long().argsort()[: layer.rank]
-    return Factors(layer.weight.detach(), layer.up.detach(), layer.bias, pivots)
+    return Factors(layer.weight.detach(), layer.up.detach(), layer.bias, pivots, layer.scales)

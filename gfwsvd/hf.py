@@ -25,6 +25,7 @@ from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
 from .layers import LowRankLinear, check_order, is_linear, weight_shape
+from .quantise import check_scales
 from .ranked import rank
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class GfwsvdQuantizer(HfQuantizer):
         for name, module in modules.items():
             if (rank := entries[name].rank) is not None:
                 d_out, d_in = weight_shape(module)
-                options = {"pivoted": entries[name].pivoted, "bias": module.bias is not None}
+                entry, has_bias = entries[name], module.bias is not None
+                options: dict[str, Any] = {"pivoted": entry.pivoted, "bits": entry.bits, "bias": has_bias}
                 layer = LowRankLinear(d_in, d_out, rank, **options, device="meta", dtype=module.weight.dtype)
                 model.set_submodule(places[name], layer)
         # A model without its head, or with one around it, has other module names; saved again, it needs its own.
@@ -85,6 +87,8 @@ class GfwsvdQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear) and module.order is not None:
                 check_order(name, module.order)
+            if isinstance(module, LowRankLinear) and module.scales is not None:
+                check_scales(name, module.scales)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True
@@ -174,7 +178,7 @@ def save_pretrained(
         files = checkpoint.checkpoint_files(folder)
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
         digests = {file.name: sha256_file(file) for file in files}
-        manifest = {"format_version": checkpoint.FORMAT_VERSION, "sha256": digests, "report": details}
+        manifest = {"format_version": section["format_version"], "sha256": digests, "report": details}
         write_json(folder / checkpoint.MANIFEST, sealed(manifest))
 
 
@@ -211,12 +215,12 @@ def _base_card(source: str) -> str:
 def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]:
     """The format section of `model`, in the order of the report."""
     found = {
-        name: {"kind": module.kind, "rank": module.rank}
+        name: checkpoint.Entry(module.kind, module.rank, module.bits)
         for name, module in model.named_modules()
         if isinstance(module, LowRankLinear)
     }
     reported = {
-        entry["name"]: {"kind": entry["kind"], "rank": entry["rank"]}
+        entry["name"]: checkpoint.Entry(entry["kind"], entry["rank"], entry.get("bits"))
         for entry in report["layers"]
         if entry["rank"] is not None
     }
@@ -226,22 +230,25 @@ def _section(model: "PreTrainedModel", report: dict[str, Any]) -> dict[str, Any]
             raise GfwsvdError(
                 f"the report is not of this model: layer {name} is {there} in the model and {told} in the report"
             )
-        if found[name]["rank"] == model.get_submodule(name).out_features:
+        if found[name].rank == model.get_submodule(name).out_features:
             raise GfwsvdError(
-                f"layer {name} has as many inner dimensions as outputs ({found[name]['rank']}), which saves nothing "
+                f"layer {name} has as many inner dimensions as outputs ({found[name].rank}), which saves nothing "
                 "and cannot be stored safely; keep it dense"
             )
-    layers = {entry["name"]: found.get(entry["name"], {"kind": "dense"}) for entry in report["layers"]}
+    names = [entry["name"] for entry in report["layers"]]
+    in_bits = any(entry.bits for entry in found.values())
     return {
         "quant_method": checkpoint.QUANT_METHOD,
-        "format_version": checkpoint.FORMAT_VERSION,
+        "format_version": checkpoint.BITS_VERSION if in_bits else checkpoint.FORMAT_VERSION,
         **{key: report[key] for key in ("method", "keep", "kept")},
-        "layers": layers,
+        "layers": {name: found.get(name, checkpoint.Entry("dense", None)).to_json() for name in names},
     }
 
 
-def _said(entry: dict[str, Any] | None) -> str:
-    return "dense" if entry is None else f"{entry['kind']} of rank {entry['rank']}"
+def _said(entry: checkpoint.Entry | None) -> str:
+    if entry is None:
+        return "dense"
+    return f"{entry.kind} of rank {entry.rank}{f' in {entry.bits} bits' if entry.bits else ''}"
 
 
 def _set_section(model: "PreTrainedModel", section: dict[str, Any]) -> None:

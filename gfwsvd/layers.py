@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GfwsvdError
+from .quantise import UNIT, eight_bits
 
 
 class LowRankLinear(nn.Module):
@@ -21,10 +22,13 @@ class LowRankLinear(nn.Module):
     The down factor is the parameter `weight`, so that a reader which takes the layer for a dense one meets a tensor of
     the wrong shape and stops, instead of filling the model with random numbers.
 
+    In eight bits (`quantise.py`) both factors are int8, without gradient, and `scales` make numbers of them again.
+
     Attributes:
         weight: the down factor, (rank, in_features).
         up: the up factor, (out_features, rank); of a pivoted layer (out_features - rank, rank).
         order: (out_features,) int32, a buffer of a pivoted layer, else None.
+        scales: (2, rank), those of the down factor first, a buffer of a layer in eight bits, else None.
         bias: (out_features,) or None.
     """
 
@@ -35,6 +39,7 @@ class LowRankLinear(nn.Module):
         rank: int,
         *,
         pivoted: bool = False,
+        bits: int | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,12 +51,16 @@ class LowRankLinear(nn.Module):
                 f"rank {rank} for {in_features} -> {out_features}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        stored = dtype if bits is None else torch.int8
         rows = out_features - rank if pivoted else out_features
-        self.up = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+        self.weight = _factor(torch.empty(rank, in_features, device=device, dtype=stored))
+        self.up = _factor(torch.empty(rows, rank, device=device, dtype=stored))
         order = torch.empty(out_features, device=device, dtype=torch.int32) if pivoted else None
         self.order: Tensor | None
         self.register_buffer("order", order)
+        scales = None if bits is None else torch.empty(2, rank, device=device, dtype=dtype)
+        self.scales: Tensor | None
+        self.register_buffer("scales", scales)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -59,14 +68,20 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, up: Tensor, down: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+        cls,
+        up: Tensor,
+        down: Tensor,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> "LowRankLinear":
         """The layer of the factors `up (D_OUT, R)` and `down (R, D_IN)`, or with `order` of a pivoted form (D_OUT - R
-        rows of `up`), which it takes as they are."""
+        rows of `up`), which it takes as they are; with `scales` they are those of `quantise.eight_bits`."""
         d_out = up.shape[0] if order is None else len(order)
         pivoted, has_bias = order is not None, bias is not None
         layer = cls(down.shape[1], d_out, down.shape[0], pivoted=pivoted, bias=has_bias, device="meta")
-        layer.weight, layer.up, layer.order = nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous()), order
+        layer.weight, layer.up = _factor(down.contiguous()), _factor(up.contiguous())
+        layer.order, layer.scales = order, scales
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
@@ -77,25 +92,61 @@ class LowRankLinear(nn.Module):
         return "lowrank" if self.order is None else "pivoted"
 
     @property
+    def bits(self) -> int | None:
+        """Of the factors where they are whole numbers, else None."""
+        return None if self.scales is None else 8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that the layer computes with."""
+        return (self.weight if self.scales is None else self.scales).dtype
+
+    @property
     def stored(self) -> int:
         """Numbers that the layer stores in place of a weight."""
-        return self.weight.numel() + self.up.numel() + (0 if self.order is None else self.order.numel())
+        return self.weight.numel() + self.up.numel() + sum(buffer.numel() for buffer in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
-        z = F.linear(x, self.weight)
+        if self.scales is None:
+            up: Tensor = self.up
+            z = to_up = F.linear(x, self.weight)
+        else:
+            unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
+            up = self.up * unit
+            z = F.linear(x, self.weight * unit) * self.scales[0]
+            to_up = z * self.scales[1]
         if self.order is None:
-            return F.linear(z, self.up, self.bias)
-        y = torch.cat((z, F.linear(z, self.up)), -1).index_select(-1, self.order)
+            return F.linear(to_up, up, self.bias)
+        y = torch.cat((z, F.linear(to_up, up)), -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`up` and `down` as floating-point numbers in `dtype` (default: the layer's own), detached."""
+        dtype = dtype or self.dtype
+        up, down = self.up.detach().to(dtype), self.weight.detach().to(dtype)
+        if self.scales is None:
+            return up, down
+        down_scale, up_scale = UNIT * self.scales.to(dtype)
+        return up * up_scale, down * down_scale[:, None]
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (D_OUT, D_IN) that the factors stand for, detached, multiplied in `dtype` (default: their own)."""
-        up, down = self.up.detach().to(dtype), self.weight.detach().to(dtype)
+        up, down = self.factors(dtype)
         return up @ down if self.order is None else torch.cat((down, up @ down))[self.order]
+
+    def in_eight_bits(self) -> "LowRankLinear":
+        """A layer of the same form whose factors are those of this one, rounded to eight bits."""
+        up, down, scales = eight_bits(*self.factors(torch.float64), dtype=self.dtype)
+        return LowRankLinear.from_factors(up, down, self.bias, self.order, scales).train(self.training)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return sizes if self.order is None else f"{sizes}, pivoted=True"
+        options = {"pivoted": self.order is not None or None, "bits": self.bits}
+        return ", ".join([sizes, *(f"{key}={value}" for key, value in options.items() if value is not None)])
+
+
+def _factor(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=values.is_floating_point())
 
 
 def check_order(name: str, order: Tensor) -> None:
@@ -188,6 +239,20 @@ def find_linears(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, 
             f"besides the language-model head{' outside the excluded names' if patterns else ''}"
         )
     return linears
+
+
+class Size(NamedTuple):
+    """What tensors take, as numbers and as bytes."""
+
+    numbers: int
+    bytes: int
+
+
+def model_size(model: nn.Module) -> Size:
+    """What the model stores: its parameters, shared ones once, and the orders and scales of low-rank layers."""
+    layers = (module for module in model.modules() if isinstance(module, LowRankLinear))
+    tensors = [*model.parameters(), *(buffer for layer in layers for buffer in layer.buffers())]
+    return Size(sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def fingerprint(linears: Mapping[str, nn.Module]) -> str:

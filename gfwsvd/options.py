@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .methods import METHODS
+from .quantise import BITS
 from .ranks import RANKS, STORAGE
 from .statistics import LABELS, UNITS
 
@@ -47,6 +48,10 @@ Bounds = Annotated[
         help="a layer whose name matches stores at least LOW and at most HIGH of its own parameters; 1 keeps it dense; "
         "may be repeated, the last match counts",
     ),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option("--bits", metavar=one_of(map(str, BITS)), help="of the factors; default: the model's dtype"),
 ]
 Latency = Annotated[
     Path | None,

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from .checkpoint import MANIFEST, read_manifest
 from .errors import GfwsvdError
 
 
@@ -14,9 +16,10 @@ class LayerReport:
     Attributes:
         kind: "lowrank" (two factors), "pivoted" or "dense"; `reason` says why a layer stayed dense, or is stored as two
             factors where it was to be pivoted.
+        bits: of the factors where they are whole numbers, with `rank` scales for each; else None.
         stored, dense: numbers stored now and before, biases aside.
         predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
-        rounding_loss: what the rounding of the stored numbers to half precision adds to it; None in other dtypes.
+        rounding_loss: what the rounding of the stored numbers to half precision, or to `bits`, adds to it; else None.
         metrics: which of `guard.CHOICES` the layer was factored by.
         heldout_losses: objective of each choice by held-out tokens, at the rank of uniform ranks, in nats per token;
             empty where nothing was compared.
@@ -49,6 +52,7 @@ class LayerReport:
     bound: list[float] | None = None
     spectrum: list[float] = field(default_factory=list)
     spectrum_index: list[int] = field(default_factory=list)
+    bits: int | None = None
 
 
 @dataclass
@@ -60,11 +64,13 @@ class CompressionReport:
         kept: achieved `stored / dense` of those layers.
         stored, dense: parameters of those layers (weights), now and before.
         model_stored, model_dense: parameters of the whole model, shared ones once.
+        model_bytes, model_dense_bytes: what they take, now and before; None in reports of versions that did not count.
         predicts_loss: whether predicted losses are in nats per predicted token.
         seconds: wall time of the factorisation, calibration aside.
         provenance: where the numbers come from: calibration data, settings, latency table, versions.
         time_kept: their time now over that before, as the latency table predicts it; None without one.
         guard: whether held-out tokens could change the metrics of a layer.
+        bits: of the factors of low-rank layers where they are whole numbers, else None.
     """
 
     method: str
@@ -84,6 +90,9 @@ class CompressionReport:
     provenance: dict[str, Any]
     time_kept: float | None = None
     guard: bool = False
+    bits: int | None = None
+    model_bytes: int | None = None
+    model_dense_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -96,3 +105,10 @@ class CompressionReport:
             return cls(**{**values, "layers": [LayerReport(**layer) for layer in values["layers"]]})
         except (KeyError, TypeError) as error:
             raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
+
+
+def read_report(folder: Path) -> CompressionReport:
+    """The report in the manifest of a checkpoint; GfwsvdError where there is none, or none of this version."""
+    if (details := read_manifest(folder).get("report")) is None:
+        raise GfwsvdError(f"{folder} has no {MANIFEST}, it was saved again: give the folder of gfwsvd compress")
+    return CompressionReport.from_json(details)

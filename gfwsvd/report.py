@@ -131,6 +131,11 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
 def _summary(report: CompressionReport) -> str:
     dense = sum(layer.rank is None for layer in report.layers)
     share = report.model_stored / max(report.model_dense, 1)
+    num_bytes = (
+        ""
+        if report.model_bytes is None
+        else f", or {_number(report.model_bytes, ',')} of {_number(report.model_dense_bytes, ',')} bytes"
+    )
     time = (
         ""
         if report.time_kept is None
@@ -140,7 +145,7 @@ def _summary(report: CompressionReport) -> str:
     return (
         f"{len(report.layers)} linear layers, {dense} of them dense. Their weights hold {report.stored:,} of "
         f"{report.dense:,} parameters ({_number(report.kept, '.2%')}), the whole model {report.model_stored:,} of "
-        f"{report.model_dense:,} ({_number(share, '.2%')}). "
+        f"{report.model_dense:,} ({_number(share, '.2%')}){num_bytes}. "
         f"{time}Ranks are multiples of {report.rank_multiple}; factorising took {_number(report.seconds, '.1f')} s."
     )
 

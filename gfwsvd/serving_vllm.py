@@ -34,6 +34,11 @@ class GfwsvdVllmConfig(QuantizationConfig):
     def __init__(self, section: Mapping[str, Any]) -> None:
         super().__init__()
         self.entries = checkpoint.parse_section(section)
+        if any(entry.bits for entry in self.entries.values()):
+            raise GfwsvdError(
+                "vLLM is not taught factors in 8 bits: compress without --bits, or make a dense model with gfwsvd "
+                "convert --merge"
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GfwsvdVllmConfig":

@@ -16,6 +16,7 @@ from .layers import LowRankLinear, dense_weight, layer_device, loaded, weight_sh
 from .methods import Method
 from .metrics import Metric, objective
 from .packed import NUMBERS
+from .quantise import eight_bits
 from .ranks import Candidate, Cost
 from .work import Work
 
@@ -140,49 +141,57 @@ def low_rank(
     factors: tuple[Tensor, Tensor],
     rank: int,
     *,
+    bits: int | None,
     multiple: int,
     cost: Cost,
     metrics: tuple[Metric, Metric],
 ) -> Built:
-    """The layer of `rank` that takes the place of the linear `module`.
+    """The layer of `rank` that takes the place of the linear `module`, its factors in `bits` if given.
 
     A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
     """
-    layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank))
+    layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank), bits=bits)
     if layer.weight.dtype.itemsize >= 4:
         return Built(layer, None)
     rounding = _rounding_loss(layer, factors, metrics)
     lower = candidate.two_factors(rank, multiple, cost)
     if layer.kind == "pivoted" and lower:
         tails = candidate.tails()
-        other = _stored_layer(module, factors, lower, pivoted=False)
+        other = _stored_layer(module, factors, lower, pivoted=False, bits=bits)
         other_rounding = _rounding_loss(other, factors, metrics)
         if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
             return Built(other, other_rounding)
     return Built(layer, rounding)
 
 
-def blank_layer(module: nn.Module, rank: int, *, pivoted: bool) -> LowRankLinear:
+def blank_layer(module: nn.Module, rank: int, *, pivoted: bool, bits: int | None) -> LowRankLinear:
     """The layer that takes the place of the linear `module`, before its numbers are known."""
     d_out, d_in = weight_shape(module)
     dtype = cast(Tensor, module.weight).dtype
-    layer = LowRankLinear(d_in, d_out, rank, pivoted=pivoted, bias=module.bias is not None, dtype=dtype)
+    layer = LowRankLinear(d_in, d_out, rank, pivoted=pivoted, bits=bits, bias=module.bias is not None, dtype=dtype)
     return _like(module, layer)
 
 
-def _stored_layer(module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool) -> LowRankLinear:
+def _stored_layer(
+    module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool, bits: int | None
+) -> LowRankLinear:
     dtype = cast(Tensor, module.weight).dtype
-    up, down, order = factors[0][:, :rank].clone(), factors[1][:rank].clone(), None
+    up, down, order, scales = factors[0][:, :rank].clone(), factors[1][:rank].clone(), None, None
     if pivoted:
         form = pivot.pivoted(up, down)
         up, down, order = form.up, form.down, form.order()
-    bias = loaded(module, "bias")
-    return _like(module, LowRankLinear.from_factors(up.to(dtype), down.to(dtype), bias, order))
+    if bits is None:
+        up, down = up.to(dtype), down.to(dtype)
+    else:
+        up, down, scales = eight_bits(up, down, dtype=dtype)
+    return _like(module, LowRankLinear.from_factors(up, down, loaded(module, "bias"), order, scales))
 
 
 def _like(module: nn.Module, layer: LowRankLinear) -> LowRankLinear:
     layer = layer.to(layer_device(module)).train(module.training)
-    return layer.requires_grad_(cast(Tensor, module.weight).requires_grad)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(cast(Tensor, module.weight).requires_grad and parameter.is_floating_point())
+    return layer
 
 
 def _rounding_loss(layer: LowRankLinear, factors: tuple[Tensor, Tensor], metrics: tuple[Metric, Metric]) -> float:

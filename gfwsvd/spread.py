@@ -49,6 +49,7 @@ def build_layers(
     solutions: Mapping[str, Solution],
     factors: Mapping[str, Factors],
     ranks: Mapping[str, int | None],
+    bits: int | None,
     multiple: int,
     cost: Cost,
     track: Track,
@@ -57,7 +58,7 @@ def build_layers(
 
     Args:
         solutions, factors: of `solve_layers`.
-        multiple, cost: see `solve.low_rank`.
+        bits, multiple, cost: see `solve.low_rank`.
 
     Raises:
         GfwsvdError: on all ranks, what is raised on one.
@@ -72,6 +73,7 @@ def build_layers(
                 candidate,
                 factors[name](),
                 chosen[name],
+                bits=bits,
                 multiple=multiple,
                 cost=cost,
                 metrics=metrics_of(statistics, name, row, soundness["metrics"]),
@@ -81,7 +83,9 @@ def build_layers(
     layers: dict[str, Built] = {}
     for name in filter(forms.__contains__, linears):
         number, pivoted, rounding = forms[name]
-        layers[name] = built.get(name) or Built(blank_layer(linears[name], number, pivoted=pivoted), rounding)
+        layers[name] = built.get(name) or Built(
+            blank_layer(linears[name], number, pivoted=pivoted, bits=bits), rounding
+        )
         for tensor in layers[name].layer.state_dict().values():
             send(tensor, owner[name])
     return layers

@@ -114,6 +114,8 @@ def tune(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise GfwsvdError(f"{type(model).__name__} has no low-rank layer to train: compress it first")
+    if any(layer.bits for layer in layers.values()):
+        raise GfwsvdError("factors in 8 bits cannot be trained: tune those in the model's dtype, then convert --bits 8")
     device = model_device(model)
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     settings = {

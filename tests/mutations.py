@@ -12,7 +12,8 @@ Q = "model.layers.0.self_attn.q_proj"
 HOSTILE = st.sampled_from(
     [None, True, -1, 0, 1, 8, 9, 2.5, 1 << 40, 1 << 63, 1 << 80, 10**400, float("inf"), "", "8", "..", "../x",
      "lm_head", "\ud800", "\0", "I64", "F64", "BF16", "lowrank", "pivoted", "dense", "model.norm", Q, [], [0],
-     [1 << 40, 1 << 40], [-1, 5], {}, {"kind": "dense"}, {"kind": "lowrank", "rank": 8}, {"kind": "pivoted", "rank": 8}]
+     [1 << 40, 1 << 40], [-1, 5], {}, {"kind": "dense"}, {"kind": "lowrank", "rank": 8}, {"kind": "pivoted", "rank": 8},
+     {"kind": "pivoted", "rank": 8, "bits": 8}, {"kind": "lowrank", "rank": 8, "bits": 3}, "I8", "F16"]
 )  # fmt: skip
 
 

@@ -47,10 +47,14 @@ def test_inspect_counts_what_the_headers_say(tmp_path):
         "dense": 48 + 15,
         "model_stored": 28 + 6 + 15 + 7,
         "model_dense": 48 + 6 + 15 + 7,
+        "bytes": 4 * (28 + 15),
+        "model_bytes": 4 * (28 + 6 + 15 + 7),
         "provenance": {"seed": 3},
         "layers": [
-            {"name": "b", "d_in": 5, "kind": "dense", "rank": None, "stored": 15, "dense": 15},
-            {"name": "a", "predicted_loss": 0.5, "kind": "lowrank", "rank": 2, "stored": 28, "dense": 48},
+            {"name": "b", "d_in": 5, "kind": "dense", "rank": None, "bits": None}
+            | {"stored": 15, "dense": 15, "bytes": 60},
+            {"name": "a", "predicted_loss": 0.5, "kind": "lowrank", "rank": 2, "bits": None}
+            | {"stored": 28, "dense": 48, "bytes": 112},
         ],
     }
     assert json.loads(json.dumps(found)) == found
@@ -73,8 +77,8 @@ def test_inspect_does_without_the_manifest(tmp_path):
     ("change", "message"),
     [
         ({"quant_method": "other"}, "quant_method should be 'gfwsvd', got 'other'"),
-        ({"format_version": 2}, "format_version 1, got 2"),
-        ({"format_version": None}, "format_version 1, got None"),
+        ({"format_version": 3}, "format_version 1 and 2, got 3"),
+        ({"format_version": None}, "format_version 1 and 2, got None"),
         ({"layers": None}, "object `layers`"),
         ({"layers": {"a": {"kind": "sparse"}}}, "layer a: expected kind"),
         ({"layers": {"a": {"kind": "lowrank"}}}, "layer a: expected kind"),
@@ -118,7 +122,8 @@ PIVOTED_TENSORS = {"a.weight": torch.ones(2, 8), "a.up": torch.ones(4, 2), "a.or
 
 def test_a_pivoted_layer_is_counted_with_the_order_of_its_outputs(tmp_path):
     found = inspect(checkpoint(tmp_path, section={**SECTION, "layers": PIVOTED}, tensors=PIVOTED_TENSORS))
-    assert found["layers"] == [{"name": "a", "kind": "pivoted", "rank": 2, "stored": 16 + 8 + 6, "dense": 48}]
+    counts = {"stored": 16 + 8 + 6, "dense": 48, "bytes": 4 * 30}
+    assert found["layers"] == [{"name": "a", "kind": "pivoted", "rank": 2, "bits": None, **counts}]
     assert found["model_stored"] == 30 and found["model_dense"] == 48
 
 

@@ -305,7 +305,7 @@ def flip(folder: Path) -> None:
         (flip, r"model\.safetensors is not the file that was written there"),
         (lambda folder: (folder / "gfwsvd.json").write_text('{"sha'), r"gfwsvd\.json is not JSON"),
         (lambda folder: change_manifest(folder, sha256={}), r"gfwsvd\.json is not what was written there"),
-        (lambda folder: change_config(folder, lambda section: section.update(format_version=2)), "format_version 1"),
+        (lambda folder: change_config(folder, lambda section: section.update(format_version=3)), "format_version 1"),
         (lambda folder: change_config(folder, lambda section: section.pop("layers")), "object `layers`"),
         (
             lambda folder: change_config(folder, lambda section: section["layers"][UP[:-3]].update(kind="sparse")),

@@ -23,6 +23,7 @@ LAYERS = {
     "gfwsvd.metrics": 1,
     "gfwsvd.whiten": 1,
     "gfwsvd.pivot": 1,
+    "gfwsvd.quantise": 1,
     "gfwsvd.bounds": 1,
     "gfwsvd.ranks": 1,
     "gfwsvd.factorize": 1,

@@ -11,20 +11,25 @@ from torch import Tensor
 
 from gfwsvd_kernels import tiles
 from gfwsvd_kernels.finish import finish
-from gfwsvd_kernels.layout import FEW_TOKENS, Layout, Operands
+from gfwsvd_kernels.layout import FEW_TOKENS, UNIT, Layout, Operands
 from gfwsvd_kernels.skinny import skinny
 
 
 def matmuls(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
     """y (T, out_width) of x (T, D_IN) for any number of tokens."""
-    down, up, bias, table = operands
-    z = x @ down.mT
+    down, up, bias, table, scales = operands
+    if scales is None:
+        z = to_up = x @ down.mT
+    else:
+        unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
+        z = (x @ (down * unit).mT) * scales[0]
+        to_up, up = z * scales[1], up * unit
     finishes = layout.pivoted or layout.silu_mul
     stored = torch.float32 if finishes and tiles.interpreted_bf16(x) else x.dtype  # it truncates to bfloat16
     y = x.new_empty(len(x), layout.out_width, dtype=stored)
     sums = x.new_empty(len(x), layout.sums_width) if finishes else y
     projections = layout.projections
-    zs, parts = z.split([p.pitch for p in projections], 1), sums.split([p.rows for p in projections], 1)
+    zs, parts = to_up.split([p.pitch for p in projections], 1), sums.split([p.rows for p in projections], 1)
     ups = up.split([p.rows * p.pitch for p in projections])
     biases = (None,) * len(projections) if finishes or bias is None else bias.split([p.d_out for p in projections])
     for p, z_i, up_i, bias_i, part in zip(projections, zs, ups, biases, parts, strict=True):

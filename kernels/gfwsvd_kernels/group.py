@@ -23,12 +23,14 @@ class Factors(NamedTuple):
         up: (D_OUT, R); with pivots (D_OUT - R, R).
         bias: (D_OUT,) or None.
         pivots: (R,) distinct outputs, int64, or None.
+        scales: (2, R) of the rows of down and the columns of up, where these are int8 (`layout.py`), or None.
     """
 
     down: Tensor
     up: Tensor
     bias: Tensor | None = None
     pivots: Tensor | None = None
+    scales: Tensor | None = None
 
     @property
     def d_out(self) -> int:
@@ -52,12 +54,13 @@ class LowRankGroup(nn.Module):
     up: Tensor
     bias: Tensor | None
     table: Tensor
+    scales: Tensor | None
 
     def __init__(self, projections: Sequence[Factors], *, activation: str | None = None) -> None:
         """Copies the factors, which must agree in dtype, device and D_IN.
 
         Raises:
-            TypeError: factors of different dtypes, or of one that is not floating-point.
+            TypeError: factors of different dtypes, or of one that is not floating-point, or int8 with scales.
             ValueError: shapes that do not fit, a rank of zero, pivots that are not R distinct outputs, different
                 devices, an unknown activation or projections that it cannot take, 2^31 elements of up or more.
         """
@@ -76,7 +79,7 @@ class LowRankGroup(nn.Module):
     @property
     def operands(self) -> Operands:
         """The module's tensors as the launchers take them."""
-        return Operands(self.down, self.up, self.bias, self.table)
+        return Operands(self.down, self.up, self.bias, self.table, self.scales)
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)
@@ -97,11 +100,17 @@ def _lay_out(projections: Sequence[Factors], silu_mul: bool) -> tuple[Layout, Op
         z, start = record["z_start"], record["up_start"]
         down[z : z + own.rank] = p.down.detach()
         up[start : start + own.rows * own.pitch].view(own.rows, own.pitch)[:, : own.rank] = p.up.detach()
-    bias = None
+    bias = scales = None
     if any(p.bias is not None for p in projections):
-        bias = torch.cat([up.new_zeros(p.d_out) if p.bias is None else p.bias.detach() for p in projections])
+        given = next(p.bias for p in projections if p.bias is not None)
+        bias = torch.cat([given.new_zeros(p.d_out) if p.bias is None else p.bias.detach() for p in projections])
+    if projections[0].scales is not None:
+        scales = projections[0].scales.new_zeros(2, sizes.z_width)
+        for p, own, record in zip(projections, sizes.projections, sizes.records, strict=True):
+            assert p.scales is not None
+            scales[:, record["z_start"] :][:, : own.rank] = p.scales.detach()
     table = sizes.table([None if p.pivots is None else p.pivots.cpu() for p in projections])
-    return sizes, Operands(down, up, bias, table.to(like.device))
+    return sizes, Operands(down, up, bias, table.to(like.device), scales)
 
 
 def _check(projections: Sequence[Factors], activation: str | None) -> None:
@@ -109,9 +118,12 @@ def _check(projections: Sequence[Factors], activation: str | None) -> None:
         raise ValueError("a group needs at least one projection, got none")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    first = projections[0].down
-    if not first.dtype.is_floating_point:
-        raise TypeError(f"down must be floating-point, got {first.dtype}")
+    first, scales = projections[0].down, projections[0].scales
+    if first.dtype != torch.int8 if scales is not None else not first.dtype.is_floating_point:
+        raise TypeError(f"down must be floating-point, or int8 with scales, got {first.dtype}")
+    dtype = first.dtype if scales is None else scales.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"scales must be floating-point, got {dtype}")
     for i, p in enumerate(projections):
         shapes = {name: None if part is None else tuple(part.shape) for name, part in p._asdict().items()}
         if p.down.ndim != 2 or p.up.ndim != 2 or p.down.shape[0] != p.up.shape[1] or p.down.shape[0] < 1:
@@ -120,9 +132,12 @@ def _check(projections: Sequence[Factors], activation: str | None) -> None:
             raise ValueError(f"projection {i} must read the {first.shape[1]} inputs of the first, got {shapes}")
         if p.bias is not None and p.bias.shape != (p.d_out,):
             raise ValueError(f"the bias of projection {i} must be ({p.d_out},), got {shapes}")
-        for name, part in (("down", p.down), ("up", p.up), ("bias", p.bias)):
-            if part is not None and part.dtype != first.dtype:
-                raise TypeError(f"{name} of projection {i} must be {first.dtype} as the first, got {part.dtype}")
+        if (p.scales is None) != (scales is None) or p.scales is not None and p.scales.shape != (2, len(p.down)):
+            raise ValueError(f"the scales of projection {i} must be (2, {len(p.down)}), or None in all, got {shapes}")
+        dtypes = {"down": first.dtype, "up": first.dtype, "bias": dtype, "scales": dtype}
+        for name, part in ((name, getattr(p, name)) for name in dtypes):
+            if part is not None and part.dtype != dtypes[name]:
+                raise TypeError(f"{name} of projection {i} must be {dtypes[name]} as the first, got {part.dtype}")
             if part is not None and part.device != first.device:
                 raise ValueError(f"{name} of projection {i} must be on {first.device}, got {part.device}")
         if p.pivots is not None:

@@ -7,6 +7,8 @@ rank of projection i, z = x downᵀ (T, sum R_i) serves all of them, and y_i = z
 * `down` (sum PITCH_i, D_IN): the down factors, one under the other, each padded with zero rows to PITCH_i, the next
   multiple of ALIGN, so that all parts of z start on 16 bytes.
 * `up`, flat: each up_i (ROWS_i, PITCH_i), its rows padded with zeros alike.
+* `scales` (2, sum PITCH_i), of factors in int8: of the rows of down and of the columns of the up_i, zeros where padded.
+  A number q of a factor stands for `UNIT` q of its scale.
 * `table`, int32: a record of `FIELDS` for each projection; then for each row of `down` the output of all that it is, or
   -1 where it is no pivot (`pivots_start`); then for each projection the outputs that its rows of up make
   (`places_start`), and for each of its outputs the row, or -1 - k where it is the k-th entry of z_i (`source_start`).
@@ -22,6 +24,7 @@ from torch import Tensor
 
 OUT_BLOCK = 512  # outputs that one program finishes
 ALIGN = 8  # elements: 16 bytes of a half-precision type
+UNIT = 1 / 128  # so small that sums in float16 do not overflow where those of the factors themselves would not
 FEW_TOKENS = 2  # up to here two launches read every factor once; more tokens are matrix products
 
 FIELDS = (
@@ -150,3 +153,9 @@ class Operands(NamedTuple):
     up: Tensor
     bias: Tensor | None
     table: Tensor
+    scales: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs."""
+        return (self.down if self.scales is None else self.scales).dtype

@@ -252,11 +252,13 @@ def _check_lowrank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
         _expect("bias", bias, (d_out,), x.dtype, x)
 
 
-def _check_group(x: Tensor, down: Tensor, *_: Any) -> None:
+def _check_group(x: Tensor, *arguments: Any) -> None:
+    operands = Operands(*arguments[:-2])
+    down = operands.down
     _expect_float("x", x)
     if x.ndim < 1:
         raise ValueError(f"x must be (..., {down.shape[1]}), got a tensor without dimensions")
-    _expect("x", x, (*x.shape[:-1], down.shape[1]), down.dtype, down)
+    _expect("x", x, (*x.shape[:-1], down.shape[1]), operands.dtype, down)
 
 
 def _nothing(*args: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfwsvd_kernels.layout import Layout
+from gfwsvd_kernels.layout import UNIT, Layout
 
 # Measured (docs/kernels.md). Smaller blocks save a little more on idle cores, but each product makes the threads wait
 # for each other, which costs far more than it saves where cores are shared.
@@ -174,14 +174,27 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
 
 
 def lowrank_group(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, table: Tensor, sizes: list[int], silu_mul: bool
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    scales: Tensor | None,
+    sizes: list[int],
+    silu_mul: bool,
 ) -> Tensor:
     layout = Layout.of(sizes, silu_mul)
+    if scales is not None:
+        unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
+        down, up = down * unit, up * unit
     parts = []
     for p, record in zip(layout.projections, layout.records, strict=True):
         start, source_start, out_start = (record[name] for name in ("up_start", "source_start", "out_start"))
-        z = F.linear(x, down[record["z_start"] :][: p.pitch])
-        y = F.linear(z, up[start : start + p.rows * p.pitch].view(p.rows, p.pitch))
+        columns = slice(record["z_start"], record["z_start"] + p.pitch)
+        z = F.linear(x, down[columns])
+        z = z if scales is None else z * scales[0, columns]
+        to_up = z if scales is None else z * scales[1, columns]
+        y = F.linear(to_up, up[start : start + p.rows * p.pitch].view(p.rows, p.pitch))
         if p.pivoted:
             source = table[source_start : source_start + p.d_out].long()
             y = torch.cat((y, z), -1)[..., torch.where(source < 0, p.rows - 1 - source, source)]

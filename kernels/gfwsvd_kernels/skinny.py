@@ -16,7 +16,7 @@ from triton.language.extra import cuda
 
 from gfwsvd_kernels import tiles
 from gfwsvd_kernels.finish import finish
-from gfwsvd_kernels.layout import ALIGN, FIELDS, Layout, Operands
+from gfwsvd_kernels.layout import ALIGN, FIELDS, UNIT, Layout, Operands
 
 NUM_FIELDS = tl.constexpr(len(FIELDS))
 Z_START = tl.constexpr(FIELDS.index("z_start"))
@@ -26,6 +26,7 @@ UP_START = tl.constexpr(FIELDS.index("up_start"))
 PLACES_START = tl.constexpr(FIELDS.index("places_start"))
 SUMS_START = tl.constexpr(FIELDS.index("sums_start"))
 LANES = tl.constexpr(ALIGN)
+SCALE_UNIT = tl.constexpr(UNIT)
 
 
 @triton.jit
@@ -35,17 +36,17 @@ def weights(weight_ptr, offs_o, mask_o, i, width, pitch, BLOCK_I: tl.constexpr):
     return tl.load(
         weight_ptr + (offs_o[:, None].to(tl.int64) * pitch + offs_i[None, :]),
         mask=mask_o[:, None] & (offs_i < width)[None, :],
-        other=0.0,
+        other=0,
         eviction_policy="evict_first",
     )
 
 
 @triton.jit
 def row_products(
-    x_ptr, weight_ptr, offs_o, mask_o, num_tokens, width, pitch, stride_x,
-    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_ptr, scale_ptr, weight_ptr, offs_o, mask_o, num_tokens, width, pitch, stride_x,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, SCALED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """For each of BLOCK_T tokens (BLOCK_O,) float32: x times some rows of a weight.
+    """For each of BLOCK_T tokens (BLOCK_O,) float32: x, or with SCALED x times its scales, times some rows of a weight.
 
     Multiplied without tensor cores, for whose operands the weights would have to change places between registers. Two
     steps of weights are always under way.
@@ -62,7 +63,10 @@ def row_products(
         added = ()
         for t in tl.static_range(BLOCK_T):
             x = tl.load(x_ptr + t * stride_x + offs_i, mask=offs_i < tl.where(num_tokens > t, width, 0), other=0.0)
-            added += (sums[t] + weight.to(tl.float32) * x.to(tl.float32)[None, :],)  # type: ignore[assignment]
+            x = x.to(tl.float32)
+            if SCALED:
+                x *= load_scales(scale_ptr, offs_i, offs_i < width)
+            added += (sums[t] + weight.to(tl.float32) * x[None, :],)  # type: ignore[assignment]
         sums = added
         weight = next_weight
         next_weight = after_next
@@ -70,6 +74,12 @@ def row_products(
     for t in tl.static_range(BLOCK_T):
         found += (tl.sum(sums[t], axis=1),)  # type: ignore[assignment]
     return found
+
+
+@triton.jit
+def load_scales(scale_ptr, offs, mask):
+    """What whole numbers are multiples of, float32."""
+    return SCALE_UNIT * tl.load(scale_ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -89,6 +99,7 @@ def down_kernel(
     x_ptr,
     down_ptr,
     bias_ptr,
+    scale_ptr,
     places_ptr,
     num_tokens,
     d_in,
@@ -98,6 +109,7 @@ def down_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PIVOTED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -110,11 +122,14 @@ def down_kernel(
         mask_y = places >= 0
         bias = load_bias(bias_ptr, places, mask_y, HAS_BIAS)
     z = row_products(
-        x_ptr, down_ptr, offs_o, mask_o, num_tokens, d_in, d_in, d_in, BLOCK_T, BLOCK_I, DEPENDENT
+        x_ptr, x_ptr, down_ptr, offs_o, mask_o, num_tokens, d_in, d_in, d_in, BLOCK_T, BLOCK_I, False, DEPENDENT
     )  # fmt: skip
     for t in tl.static_range(BLOCK_T):
         if num_tokens > t:
-            rounded = z[t].to(z_ptr.dtype.element_ty)
+            value = z[t]
+            if HAS_SCALES:
+                value *= load_scales(scale_ptr, offs_o, mask_o)
+            rounded = value.to(z_ptr.dtype.element_ty)
             tl.store(z_ptr + t * z_width + offs_o, rounded, mask=mask_o)
             if PIVOTED:
                 y = (rounded.to(tl.float32) + bias).to(y_ptr.dtype.element_ty)
@@ -127,6 +142,7 @@ def up_kernel(
     z_ptr,
     up_ptr,
     bias_ptr,
+    scale_ptr,
     table_ptr,
     num_tokens,
     z_width,
@@ -137,6 +153,7 @@ def up_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     SILU_MUL: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -168,13 +185,13 @@ def up_kernel(
         other_z = tl.multiple_of(tl.load(other_ptr + Z_START), LANES)
         other_bias = load_bias(bias_ptr, d_out + places, mask_o, HAS_BIAS)
     y = row_products(
-        z_ptr + z_start, up_ptr + start, offs_o, mask_o, num_tokens, pitch, pitch, z_width,
-        BLOCK_T, BLOCK_I, DEPENDENT,
+        z_ptr + z_start, scale_ptr + z_start, up_ptr + start, offs_o, mask_o, num_tokens, pitch, pitch, z_width,
+        BLOCK_T, BLOCK_I, HAS_SCALES, DEPENDENT,
     )  # fmt: skip
     if SILU_MUL:
         other = row_products(
-            z_ptr + other_z, up_ptr + other_start, offs_o, mask_o, num_tokens, other_pitch, other_pitch, z_width,
-            BLOCK_T, BLOCK_I, False,
+            z_ptr + other_z, scale_ptr + other_z, up_ptr + other_start, offs_o, mask_o, num_tokens, other_pitch,
+            other_pitch, z_width, BLOCK_T, BLOCK_I, HAS_SCALES, False,
         )  # fmt: skip
     for t in tl.static_range(BLOCK_T):
         value = y[t] + bias
@@ -193,7 +210,9 @@ def skinny(
     tile: tiles.Tile | None = None,
 ) -> Tensor:
     """y (T, out_width) of x (T, D_IN), T at most `FEW_TOKENS`, whose rows are contiguous."""
-    down, up, bias, table = operands
+    down, up, bias, table, scales = operands
+    # What stands for no scales is never read
+    of_down, of_up = (x, x) if scales is None else scales
     num_tokens, d_in = x.shape
     stored = torch.float32 if tiles.interpreted_bf16(x) else x.dtype  # the interpreter truncates to bfloat16
     z = torch.empty(num_tokens, layout.z_width, dtype=stored, device=x.device)
@@ -203,10 +222,12 @@ def skinny(
     products = torch.empty(num_tokens, layout.sums_width, dtype=stored, device=x.device) if finishes else y
     target = target or tiles.target(x.device)
     dependent = target.arch >= 90 and x.device.type != "cpu"
-    flags: dict[str, int] = {"HAS_BIAS": bias is not None and not finishes, "DEPENDENT": dependent}
+    flags: dict[str, int] = {"HAS_BIAS": bias is not None and not finishes, "HAS_SCALES": scales is not None}
+    flags["DEPENDENT"] = dependent
 
     def options(rows: int) -> dict[str, int | bool]:
-        chosen = tile or tiles.skinny_tile(target, x.dtype, num_tokens, rows)
+        whole = None if scales is None else tiles.SKINNY_WHOLE[num_tokens]
+        chosen = tile or whole or tiles.skinny_tile(target, x.dtype, num_tokens, rows)
         blocks = {"BLOCK_T": chosen.cols, "BLOCK_O": chosen.rows, "BLOCK_I": chosen.depth}
         return flags | blocks | chosen.options() | ({"launch_pdl": True} if dependent else {})
 
@@ -217,6 +238,7 @@ def skinny(
         x,
         down,
         bias,
+        of_down,
         table[layout.pivots_start :],
         num_tokens,
         d_in,
@@ -235,6 +257,7 @@ def skinny(
             z,
             up,
             bias,
+            of_up,
             table,
             num_tokens,
             layout.z_width,

@@ -32,7 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, quadform, sequence, tiles
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 _empty = partial(torch.empty, device="meta")
 TENSOR_CORE = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -130,7 +131,8 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for pivoted in (False, True):  # gate and up do the most
-                _launch_group(dtype, 4096, 2, target, with_bias=True, pivoted=pivoted)
+                for whole in (False, True):
+                    _launch_group(dtype, 4096, 2, target, with_bias=True, pivoted=pivoted, whole=whole)
         if arch == tiles.H200.arch:
             _launch_groups(target)
             _launch_ones(target)
@@ -171,15 +173,24 @@ def _launch_groups(target: tiles.Target) -> None:
 
 
 def _launch_group(
-    dtype: torch.dtype, width: int, count: int, target: tiles.Target, *, with_bias: bool = False, pivoted: bool = False
+    dtype: torch.dtype,
+    width: int,
+    count: int,
+    target: tiles.Target,
+    *,
+    with_bias: bool = False,
+    pivoted: bool = False,
+    whole: bool = False,
 ) -> None:
-    """One projection, three, or two that make up one output, `width` to `width`."""
+    """One projection, three, or two that make up one output, `width` to `width`; with `whole`, of whole numbers."""
     rank = 1632 // count
+    stored = torch.int8 if whole else dtype
     projection = Factors(
-        _empty(rank, width, dtype=dtype),
-        _empty(width - rank if pivoted else width, rank, dtype=dtype),
+        _empty(rank, width, dtype=stored),
+        _empty(width - rank if pivoted else width, rank, dtype=stored),
         _empty(width, dtype=dtype) if with_bias else None,
         torch.arange(rank) if pivoted else None,
+        _empty(2, rank, dtype=dtype) if whole else None,
     )
     group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
     for num_tokens in (1, layout.FEW_TOKENS, 1000):

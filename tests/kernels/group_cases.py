@@ -38,9 +38,28 @@ def factors(
     return Factors(down.to(device, dtype), up.to(device, dtype), bias, pivots)
 
 
+def in_whole_numbers(projection: Factors) -> Factors:
+    """Factors in int8 that stand for about the same numbers, and use up their range."""
+    down, up = projection.down.float(), projection.up.float()
+    scales = torch.stack((down.abs().amax(1), up.abs().amax(0) if len(up) else down.new_ones(len(down)))) * 128 / 127
+    scales = scales.bfloat16().float()
+    down_steps, up_steps = down / scales[0][:, None] * 128, up / scales[1] * 128
+    down_steps, up_steps = (steps.round().clamp(-127, 127).to(torch.int8) for steps in (down_steps, up_steps))
+    return projection._replace(down=down_steps, up=up_steps, scales=scales.to(projection.down.dtype))
+
+
+def floats(projection: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """down and up as the numbers that they stand for."""
+    down, up = projection.down.to(dtype), projection.up.to(dtype)
+    if projection.scales is None:
+        return down, up
+    of_down, of_up = projection.scales.to(dtype) / 128
+    return down * of_down[:, None], up * of_up
+
+
 def dense(projection: Factors, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """The weight (D_OUT, D_IN) and bias that a projection stands for."""
-    down, up = projection.down.to(dtype), projection.up.to(dtype)
+    down, up = floats(projection, dtype)
     weight = up @ down
     if projection.pivots is not None:
         rest = torch.ones(projection.d_out, dtype=torch.bool, device=down.device)
@@ -61,7 +80,9 @@ def oracle(x: Tensor, projections: list[Factors], activation: str | None) -> Ten
 def by_torch(x: Tensor, projections: list[Factors], activation: str | None) -> Tensor:
     """As a model would compute it in the dtype of x: two products a projection, the intermediate rounded."""
     parts = []
-    for down, up, bias, pivots in projections:
+    for projection in projections:
+        bias, pivots = projection.bias, projection.pivots
+        down, up = floats(projection, x.dtype)
         z = x @ down.mT
         y = z @ up.mT
         if pivots is not None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from group_cases import GROUPS, by_torch, group_of, oracle
+from group_cases import GROUPS, by_torch, group_of, in_whole_numbers, oracle
 from kernel_cases import DEVICE, DTYPES, assert_as_good_as
 from torch import Tensor
 
@@ -45,6 +45,29 @@ def test_a_group_computes_its_projections(case, launcher, num_tokens, dtype):
     y = run(launcher, group, x)
     assert y.dtype == dtype
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+
+
+@pytest.mark.parametrize("case", ["one_with_bias", "pivoted_all", "pivoted_qkv", "gate_up", "pivoted_gate_up"])
+@pytest.mark.parametrize("launcher, num_tokens, dtype", RUNS)
+def test_a_group_of_whole_numbers_computes_what_they_stand_for(case, launcher, num_tokens, dtype):
+    projections, activation = group_of(case, dtype)
+    x = inputs(projections, num_tokens)
+    projections = [in_whole_numbers(projection) for projection in projections]
+    group = LowRankGroup(projections, activation=activation)
+    assert group.down.dtype == group.up.dtype == torch.int8
+    y = run(launcher, group, x)
+    assert y.dtype == dtype
+    assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sums_of_whole_numbers_stay_in_the_range_of_float16(launcher):
+    projections, _ = group_of("one", torch.float16)
+    projections = [in_whole_numbers(projection) for projection in projections]
+    x = 200 * projections[0].down[:1].sign().half()
+    assert (x @ projections[0].down.half().mT).isinf().any(), "without the unit one would not"
+    y = run(launcher, LowRankGroup(projections), x)
+    assert_as_good_as(by_torch(x, projections, None), y, oracle(x, projections, None))
 
 
 @pytest.mark.parametrize("launcher", ["skinny", "matmuls"])
@@ -131,6 +154,7 @@ BAD = [
     ({"bias": torch.zeros(3)}, ValueError, r"the bias of projection 1 must be \(4,\)"),
     ({"up": torch.zeros(4, 2).half()}, TypeError, "up of projection 1 must be torch.float32 .* got torch.float16"),
     ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias of projection 1 must be on cpu, got meta"),
+    ({"scales": torch.ones(2, 2)}, ValueError, r"scales of projection 1 must be \(2, 2\), or None in all"),
     ({"pivots": torch.tensor([0, 0]), "bias": None}, ValueError, "must be 2 distinct int64"),
     ({"pivots": torch.tensor([0, 6]), "bias": None}, ValueError, "must be outputs 0 to 5, got 0 to 6"),
     ({"pivots": torch.tensor([0]), "bias": None}, ValueError, "must be 2 distinct int64"),
@@ -144,6 +168,22 @@ def test_a_bad_projection_is_named_with_what_was_expected(changed, error, messag
         LowRankGroup([Factors(**GOOD), Factors(**GOOD | changed)])
 
 
+def test_bad_whole_numbers_are_refused():
+    whole = {"down": torch.ones(2, 5).to(torch.int8), "up": torch.ones(4, 2).to(torch.int8), "scales": torch.ones(2, 2)}
+    with pytest.raises(TypeError, match="down must be floating-point, or int8 with scales, got torch.int8"):
+        LowRankGroup([Factors(**whole | {"scales": None})])
+    with pytest.raises(TypeError, match="down must be floating-point, or int8 with scales, got torch.float32"):
+        LowRankGroup([Factors(**whole | {"down": torch.ones(2, 5)})])
+    with pytest.raises(TypeError, match="up of projection 0 must be torch.int8 as the first, got torch.float32"):
+        LowRankGroup([Factors(**whole | {"up": torch.ones(4, 2)})])
+    with pytest.raises(TypeError, match="scales must be floating-point, got torch.int64"):
+        LowRankGroup([Factors(**whole | {"scales": torch.ones(2, 2, dtype=torch.int64)})])
+    with pytest.raises(ValueError, match=r"scales of projection 0 must be \(2, 2\)"):
+        LowRankGroup([Factors(**whole | {"scales": torch.ones(2, 3)})])
+    with pytest.raises(TypeError, match="x must be .* torch.float32"):
+        LowRankGroup([Factors(**whole)])(torch.ones(1, 5).half())
+
+
 def test_a_bad_group_is_refused():
     good = Factors(**GOOD)
     with pytest.raises(ValueError, match="at least one projection"):
@@ -153,7 +193,7 @@ def test_a_bad_group_is_refused():
     for projections in ([good], [good, Factors(torch.zeros(2, 5), torch.zeros(6, 2))]):
         with pytest.raises(ValueError, match="two projections with the same number of outputs"):
             LowRankGroup(projections, activation="silu_mul")
-    with pytest.raises(TypeError, match="down must be floating-point, got torch.int64"):
+    with pytest.raises(TypeError, match="down must be floating-point, or int8 with scales, got torch.int64"):
         LowRankGroup([Factors(torch.zeros(2, 5).long(), torch.zeros(4, 2).long())])
     with pytest.raises(ValueError, match=r"fewer than 2\^31 elements, got 2147483648"):
         LowRankGroup([Factors(torch.empty(2**15, 8, device="meta"), torch.empty(2**16, 2**15, device="meta"))])
