@@ -52,12 +52,15 @@ STEPS: dict[str, dict[str, Any]] = {
     "kfac, global": {"method": "kfac", "ranks": "global", "storage": "factors", **_BARE},
     "kfac, global, pivoted": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE},
     "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
+    "kfac + 3 rounds": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 3},
+    "gfwsvd + 3 rounds": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 3},
     "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
+_ROUNDS = ("gfwsvd + 3 rounds", "kfac + 3 rounds")
 STUDIES = (
-    Study("steps", 1, tuple(STEPS)),
+    Study("steps", 1, tuple(step for step in STEPS if step not in _ROUNDS)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
     Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
@@ -73,6 +76,9 @@ STUDIES = (
     Study("other text", 1 / 10, _PEERS, other=True),
     Study("half the tokens", 1 / 2, _PEERS),
     Study("more tokens", 2.5, ("svd_llm", *_PEERS)),
+    Study("ranks by the loss", 1 / 4, _ROUNDS),
+    Study("ranks by the loss, another seed", 1 / 4, _ROUNDS, calibration=(("seed", 1),)),
+    Study("more tokens, ranks by the loss", 2.5, _ROUNDS),
 )
 
 
@@ -144,21 +150,21 @@ def _run(
         return
     words = [Path(text).stem, str(sequences), *(f"{key}-{value}" for key, value in options.items())]
     folder = arguments.stats / "-".join(words)
+    batches = gfwsvd.token_batches(
+        gfwsvd.load_text(text),
+        tokenizer,
+        sequences=sequences,
+        seq_len=arguments.seq_len,
+        batch_size=4,
+        seed=options.get("seed", 0),
+    )
     if not folder.exists():
-        batches = gfwsvd.token_batches(
-            gfwsvd.load_text(text),
-            tokenizer,
-            sequences=sequences,
-            seq_len=arguments.seq_len,
-            batch_size=4,
-            seed=options.get("seed", 0),
-        )
         with kept_work(folder, about_calibration(model, batches, **options)) as work:
             gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, work=work, track=bar, **options), folder)
     statistics, _ = gfwsvd.load_statistics(folder)
     mine["calibration_sha256"] = statistics.data_sha256
     dtype = getattr(torch, arguments.dtype)
-    for row, report in compressed_rows(model, statistics, wanted, windows, track=bar, dtype=dtype):
+    for row, report in compressed_rows(model, statistics, wanted, windows, batches=batches, track=bar, dtype=dtype):
         chosen = [layer.metrics for layer in report.layers]
         step = wanted[Run(**{key: row[key] for key in Run.__dataclass_fields__})]
         yield {"study": study.name, "step": step, **row, "one_sided": len(chosen) - chosen.count("two-sided"), **mine}

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,7 @@ from .options import (
     Model,
     Overwrite,
     Products,
+    Rounds,
     Seed,
     SeqLen,
     Sequences,
@@ -64,8 +66,11 @@ from .progress import bar
 from .quantise import check_bits
 from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
+from .refine import check_rounds
 from .store import JSON_NAME, load_statistics, save_statistics
 from .texts import text_name
+
+_OF_TEXT = ("text", "sequences", "seq_len", "batch_size", "seed")  # what rounds of allocation need of it
 
 
 @app.command("calibrate")
@@ -162,6 +167,7 @@ def compress_command(
     ] = RANK_MULTIPLE,
     bound: Bounds = [],  # noqa: B006 - typer copies it
     latency: Latency = None,
+    rounds: Rounds = 0,
     storage: Annotated[
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
@@ -203,7 +209,8 @@ def compress_command(
     torchrun, several processes share the layers.
 
     The options from --sequences to --exclude, and those of memory, belong to a calibration on --text and are refused
-    with --stats: statistics bring their own. Method svd needs neither.
+    with --stats: statistics bring their own. Method svd needs neither. With --rounds, --stats and --text go together:
+    the text, its sequences, their length and the batches are then what the loss is measured on.
     """
     needs = method_named(method).needs
     check_keep(keep)
@@ -217,8 +224,13 @@ def compress_command(
     memory = memory_limits(device_memory, host_memory)
     if stats is None and text is None and needs:
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
+    check_rounds(rounds, ranks, method_named(method))
+    if rounds and text is None:
+        raise GfwsvdError(
+            f"--rounds {rounds} measures the loss of the compressed model on --text TEXT: give it as well"
+        )
     if stats is not None:
-        _check_no_calibration(context)
+        _check_no_calibration(context, but=_OF_TEXT if rounds else ())
     target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     if report is not None:
         check_output_file(report)
@@ -227,7 +239,8 @@ def compress_command(
     loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
     batches = None
     if text is not None:
-        provenance = _provenance(name, text, sequences, seq_len)
+        about_text = _provenance(name, text, sequences, seq_len)
+        provenance = about_text if statistics is None else {**provenance, "rounds_on": about_text}
         batches = sources.token_batches(
             sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
         )
@@ -244,6 +257,7 @@ def compress_command(
             bounds=bounds,
             latency=table,
             bits=bits,
+            rounds=rounds,
             statistics=statistics,
             work=work,
             track=bar,
@@ -392,13 +406,10 @@ def convert_command(
     print_values(found, json_output)
 
 
-def _check_no_calibration(context: typer.Context) -> None:
+def _check_no_calibration(context: typer.Context, *, but: Collection[str]) -> None:
     """With statistics, an option of the calibration would have no effect; `exclude` would leave out no layer."""
-    names = [
-        *("text", "sequences", "seq_len", "batch_size", "unit", "labels", "sweeps", "clip", "seed", "exclude"),
-        *("device_memory", "host_memory"),
-    ]
-    if given := given_options(context, names):
+    names = [*_OF_TEXT, "unit", "labels", "sweeps", "clip", "exclude", "device_memory", "host_memory"]
+    if given := given_options(context, [name for name in names if name not in but]):
         raise GfwsvdError(
             f"the statistics of --stats bring their own calibration, got {given} as well: give either --stats DIR or "
             "--text TEXT, and not both"

@@ -12,11 +12,13 @@ from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration
 from .errors import GfwsvdError
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
+from .losses import next_token_loss
 from .methods import KRONECKER, Method, method_named
 from .outcome import CompressionReport as CompressionReport
 from .outcome import LayerReport as LayerReport
 from .quantise import check_bits
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
+from .refine import Refined, check_rounds, refined
 from .solve import Built, Solution
 from .spread import build_layers, solve_layers
 from .statistics import LayerStatistics
@@ -38,6 +40,7 @@ def compress(
     rank_multiple: int = RANK_MULTIPLE,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     latency: LatencyTable | None = None,
+    rounds: int = 0,
     storage: str = "pivoted",
     bits: int | None = None,
     damping: float = DAMPING,
@@ -61,7 +64,8 @@ def compress(
     of the layers, and all end with the same model, to the last bit that of one process with as many threads.
 
     Args:
-        batches: calibration data, see `calibrate`; not needed with `statistics`, nor for method "svd".
+        batches: calibration data, see `calibrate`; not needed for method "svd", nor, without `rounds`, with
+            `statistics`.
         method: a row of `METHODS`.
         keep: stored over dense parameters of the compressed linear layers, in (0, 1]; with `latency`, time instead.
         ranks: "uniform" or "global", see `allocate`.
@@ -70,6 +74,8 @@ def compress(
             matches (`re.search`) stores at least and at most; the last match counts. 1 and 1 keep it dense. Where no
             rank lies between, it is the last one below `high`.
         latency: global ranks minimise the predicted loss within the share `keep` of the layers' time by this table.
+        rounds: so many times global ranks are allocated again, by what the errors of the layers cost at the compressed
+            model, measured on the first of `batches` (`refine.py`). The model is in memory twice meanwhile.
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
@@ -96,6 +102,7 @@ def compress(
     check_bits(bits)
     check_damping(damping)
     check_bounds(bounds or {})
+    check_rounds(rounds, ranks, row)
     if latency is not None and ranks != "global":
         raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
     if latency is not None and bits is not None:
@@ -105,6 +112,10 @@ def compress(
     if latency is not None:
         latency.check((blank.d_out, blank.d_in) for blank in blanks.values())
     cost: Cost = Candidate.stored if latency is None else latency.cost
+    if rounds:
+        batches = list(batches or ())  # read twice
+        if not batches:
+            raise GfwsvdError("rounds measure the loss of the compressed model on batches: give some, or no rounds")
     if statistics is None:
         if row.needs and batches is None:
             raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")
@@ -132,24 +143,32 @@ def compress(
         linears, statistics, row, blanks=blanks, keep=keep, damping=damping, guard=guard, work=work, track=track
     )
     candidates = {name: solution.candidate for name, solution in solutions.items()}
-    layers = build_layers(
-        linears,
-        statistics,
-        row,
-        solutions=solutions,
-        factors=factors,
-        ranks=allocate(candidates, **spend),
-        bits=bits,
-        multiple=rank_multiple,
-        cost=cost,
-        track=track,
-    )
+    form: dict[str, Any] = {"bits": bits, "multiple": rank_multiple, "cost": cost, "track": track}
+
+    def build(ranks: Mapping[str, int | None]) -> dict[str, Built]:
+        return build_layers(linears, statistics, row, solutions=solutions, factors=factors, ranks=ranks, **form)
+
+    found = Refined(allocate(candidates, **spend), [], {})
+    if rounds:
+        found = refined(
+            model,
+            linears,
+            candidates,
+            list(batches or ()),
+            loss or next_token_loss("empirical", seed),
+            rounds=rounds,
+            allocate=lambda scaled: allocate(scaled, **spend),
+            build=lambda ranks: {name: built.layer for name, built in build(ranks).items()},
+            track=track,
+        )
+    layers = build(found.ranks)
     before = model_size(model)
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
     after = model_size(model)
     reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
     for report in reports:
+        report.loss_scale = found.scales.get(report.name)
         if report.kind == "dense":
             candidate = candidates[report.name]
             report.reason = why_dense(candidate, keep=keep, rank_multiple=rank_multiple, cost=cost)
@@ -170,6 +189,7 @@ def compress(
         model_dense=before.numbers,
         model_bytes=after.bytes,
         model_dense_bytes=before.bytes,
+        round_losses=found.losses,
         predicts_loss=row.predicts_loss,
         seconds=time.perf_counter() - began,
         layers=reports,

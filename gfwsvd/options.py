@@ -73,6 +73,12 @@ SpreadDevice = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="on a GPU: the same bits at every run, at some cost of time")
 ]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        "--rounds", min=0, help="allocate ranks so often again, by the loss of the compressed model on --text"
+    ),
+]
 _BYTES = "in bytes or as 80G, 1.5T, 512M"
 DeviceMemory = Annotated[
     str | None,

@@ -28,6 +28,7 @@ class LayerReport:
         convergence: of the Kronecker power iteration: the sine of the last sweep's turn; None where it is not used.
         kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
         bound: shares of `dense` that it had to store at least and at most; None where nothing was asked.
+        loss_scale: what its predicted losses were multiplied by in the allocation, after rounds; else None.
         spectrum, spectrum_index: some whitened singular values and their positions, from 0.
     """
 
@@ -53,6 +54,7 @@ class LayerReport:
     spectrum: list[float] = field(default_factory=list)
     spectrum_index: list[int] = field(default_factory=list)
     bits: int | None = None
+    loss_scale: float | None = None
 
 
 @dataclass
@@ -71,6 +73,8 @@ class CompressionReport:
         time_kept: their time now over that before, as the latency table predicts it; None without one.
         guard: whether held-out tokens could change the metrics of a layer.
         bits: of the factors of low-rank layers where they are whole numbers, else None.
+        round_losses: mean loss of the compressed model at the first ranks and after each round of allocation, in this
+            order; the ranks of the lowest were taken. Empty without rounds.
     """
 
     method: str
@@ -93,6 +97,7 @@ class CompressionReport:
     bits: int | None = None
     model_bytes: int | None = None
     model_dense_bytes: int | None = None
+    round_losses: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -113,6 +113,7 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
         f"<p>{_summary(report)}</p>",
         *(f"<p>{count} {_KINDS[kind]}{_text(reason)}.</p>" for (kind, reason), count in reasons.items()),
         _guard(report.layers),
+        _rounds(report.round_losses),
         _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
         _figure(spectra(report), "Singular values of the whitened weights; what lies right of a dot is dropped."),
@@ -162,6 +163,17 @@ def _guard(layers: Sequence[LayerReport]) -> str:
         f"<p>Judged by held-out tokens, {len(judged)} layers were factored by these metrics: "
         f"{_text(', '.join(f'{choice} {count}' for choice, count in counts.most_common()))}. At the ranks they were "
         f"judged at, that lowers their summed loss from {_number(first, '.4g')} to {_number(chosen, '.4g')}.</p>"
+    )
+
+
+def _rounds(losses: Sequence[float]) -> str:
+    """What allocating ranks by the loss of the compressed model brought."""
+    if not losses:
+        return ""
+    found = ", ".join(_number(loss, ".4f") for loss in losses)
+    return (
+        f"<p>Ranks were allocated again {len(losses) - 1} times by the loss of the compressed model: {found}; those "
+        "of the lowest were taken.</p>"
     )
 
 

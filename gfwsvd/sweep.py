@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .calibration import Statistics, Track, silent
+from .calibration import Batch, Statistics, Track, silent
 from .compress import DAMPING, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
@@ -33,6 +33,7 @@ class Run:
     storage: str = "pivoted"
     damping: float = DAMPING
     guard: bool = True
+    rounds: int = 0
 
     @property
     def name(self) -> str:
@@ -40,6 +41,7 @@ class Run:
             "two factors": self.storage == "factors",
             f"damping {self.damping}": self.damping != DAMPING,
             "no guard": not self.guard,
+            f"{self.rounds} rounds": self.rounds > 0,
         }
         return ", ".join((self.method, f"{self.ranks} ranks", *(mark for mark, is_on in marks.items() if is_on)))
 
@@ -73,6 +75,7 @@ def compressed_rows(
     runs: Iterable[Run],
     windows: Tensor,
     *,
+    batches: Sequence[Batch] = (),
     track: Track = silent,
     dtype: torch.dtype | None = None,
     keep_model: Callable[[Run, nn.Module, CompressionReport], nn.Module] | None = None,
@@ -80,12 +83,12 @@ def compressed_rows(
     """Compresses a copy of `model` for each run and evaluates it; yields its row and its report as they come.
 
     Args:
-        runs: see `compressed_models`.
+        runs, batches: see `compressed_models`.
         dtype: of the models when they are evaluated, the dense one too; default: the model's own.
         keep_model: called with each compressed model; what it returns is evaluated in its place.
     """
     reference = None
-    for run, compressed, report, row in compressed_models(model, statistics, runs, track=track):
+    for run, compressed, report, row in compressed_models(model, statistics, runs, batches=batches, track=track):
         reference = reference or ReferenceLogits(copy.deepcopy(model).to(dtype), windows, track=track)
         if keep_model is not None:
             compressed = keep_model(run, compressed, report)
@@ -94,17 +97,25 @@ def compressed_rows(
 
 
 def compressed_models(
-    model: nn.Module, statistics: Statistics, runs: Iterable[Run], *, track: Track = silent
+    model: nn.Module,
+    statistics: Statistics,
+    runs: Iterable[Run],
+    *,
+    batches: Sequence[Batch] = (),
+    track: Track = silent,
 ) -> Iterator[tuple[Run, nn.Module, CompressionReport, dict[str, Any]]]:
     """Compresses a copy of `model` for each run; yields the run, the copy, its report, and what a row says of it before
     any evaluation, as they come.
 
     Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
+
+    Args:
+        batches: what runs with rounds measure the loss on.
     """
     for run in runs:
         compressed = copy.deepcopy(model)
         began = time.perf_counter()
-        report = compress(compressed, **asdict(run), rank_multiple=1, statistics=statistics, track=track)
+        report = compress(compressed, batches, **asdict(run), rank_multiple=1, statistics=statistics, track=track)
         row = {
             "name": run.name,
             **asdict(run),
@@ -161,7 +172,7 @@ def _run_of(row: Mapping[str, Any]) -> Run | None:
     """The run that a row is of; None for the dense model."""
     if row["method"] == "dense":
         return None
-    return Run(**{field.name: row[field.name] for field in fields(Run)})
+    return Run(**{field.name: row.get(field.name, field.default) for field in fields(Run)})
 
 
 def _append(rows_file: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,17 @@ def test_compress_calibrates_on_a_text_as_calibrate_does(workspace, tmp_path):
     assert tensors[0] == tensors[1]
 
 
+def test_rounds_measure_the_loss_on_a_text_beside_the_statistics(workspace, tmp_path):
+    options = ["--keep", "0.5", "--rank-multiple", "1", "--rounds", "2", "--text", workspace / "text.txt", *CALIBRATION]
+    found = run_json("compress", workspace / "model", *options, "--stats", workspace / "stats", "--out", tmp_path / "a")
+    again = run_json("compress", workspace / "model", *options, "--out", tmp_path / "b")
+    assert len(found["round_losses"]) == 3 and found["round_losses"] == again["round_losses"]
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert found["provenance"]["rounds_on"] == {
+        "model": "model", "text": "text.txt", "sequences": 8, "seq_len": 16, "tokens": 128,
+    }  # fmt: skip
+
+
 def test_every_command_explains_itself():
     for command in ("calibrate", "compress", "convert", "latency", "eval", "inspect", "sweep"):
         assert "--json" in run(command, "--help").stdout
@@ -125,6 +136,15 @@ BAD = {
     "statistics and other labels": (["--stats", "STATS", "--labels", "sampled"], "got --labels as well"),
     "statistics and excluded layers": (["--stats", "STATS", "--exclude", "mlp"], "got --exclude as well"),
     "sequences beyond the context": (["--text", "TEXT", "--sequences", "2", "--seq-len", "129"], "takes 128 at most"),
+    "rounds without a text": (
+        ["--stats", "STATS", "--rounds", "1"],
+        "--rounds 1 measures the loss of the compressed model on",
+    ),
+    "rounds of uniform ranks": (["--stats", "STATS", "--rounds", "1", "--ranks", "uniform"], "leave out the rounds"),
+    "rounds and other labels": (
+        ["--stats", "STATS", "--rounds", "1", "--text", "TEXT", "--labels", "sampled"],
+        "got --labels as well",
+    ),
     "nothing but excluded layers": (["--text", "TEXT", *CALIBRATION, "--exclude", "."], "no linear layer to compress"),
 }
 

@@ -27,6 +27,7 @@ from processes import exit_codes, start, start_job
 from tiny_models import random_tokens, tiny_model
 
 SETTINGS: dict[str, Any] = {"method": "gfwsvd", "keep": 0.6, "damping": 0.01, "guard": True, "storage": "pivoted"}
+BATCHES = [{"input_ids": ids} for ids in random_tokens(16, 12).split(4)]
 LAST = "model.layers.1.mlp.down_proj"
 
 
@@ -34,7 +35,7 @@ LAST = "model.layers.1.mlp.down_proj"
 def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of statistics of the tiny llama, and of statistics by which a layer cannot be whitened."""
     folder = tmp_path_factory.mktemp("statistics")
-    statistics = calibrate(tiny_model("llama"), [{"input_ids": ids} for ids in random_tokens(16, 12).split(8)])
+    statistics = calibrate(tiny_model("llama"), BATCHES)
     save_statistics(statistics, folder / "good")
     statistics.layers[LAST].right.zero_()
     save_statistics(statistics, folder / "bad")
@@ -44,11 +45,14 @@ def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _compress(folder: Path, stats: Path, kind: str = "llama", track: Callable[..., Any] = silent) -> None:
     """Leaves in `folder` what this rank ends with: tensors and report, or the error."""
     options = SETTINGS if kind == "llama" else {**SETTINGS, "method": "svd"}
+    rounds = {"rounds": 1, "batches": BATCHES} if kind == "llama" else {}
     model = tiny_model(kind).bfloat16() if kind == "llama" else tiny_model(kind)
     statistics = load_statistics(stats)[0] if kind == "llama" else None
     try:
         with open_job_work(folder / "w", about_work(model, statistics=statistics, **options)) as work:
-            report = compress(model, statistics=statistics, rank_multiple=2, work=work, track=track, **options)
+            report = compress(
+                model, statistics=statistics, rank_multiple=2, work=work, track=track, **options, **rounds
+            )
     except GfwsvdError as error:
         (folder / f"error-{rank()}.txt").write_text(str(error))
         raise SystemExit(3) from error

@@ -1,0 +1,152 @@
+"""Ranks by the loss of the compressed model: what errors cost, against derivatives in float64; never a worse loss."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+from gfwsvd.calibration import calibrate, silent
+from gfwsvd.compress import compress
+from gfwsvd.errors import GfwsvdError
+from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
+from gfwsvd.losses import next_token_loss
+from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, measured, rescaled
+from tiny_models import random_tokens, tiny_model
+
+BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]
+LOSS = next_token_loss("empirical", 0)
+NAMES = list(find_linears(tiny_model("llama")))
+
+
+def cut(model, rank):
+    """Low-rank layers of all linear ones."""
+    layers = {}
+    for name, module in find_linears(model).items():
+        left, values, right = torch.linalg.svd(dense_weight(module).detach(), full_matrices=False)
+        bias = None if module.bias is None else module.bias.detach()
+        layers[name] = LowRankLinear.from_factors(left[:, :rank] * values[:rank], right[:rank], bias)
+    return layers
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batches", [BATCHES, [{**BATCHES[0], "attention_mask": torch.ones(4, 12).tril(8)}]])
+def test_what_an_error_costs_is_half_the_derivative_of_the_loss_by_it(kind, batches):
+    model = tiny_model(kind).double()
+    linears, layers = find_linears(model), cut(model, 8)
+    shares = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in layers}
+    weights = {}
+    for name, layer in layers.items():
+        weight = layer.product() + shares[name] * (dense_weight(linears[name]).detach() - layer.product())
+        weights[f"{name}.weight"] = weight.T if kind == "gpt2" else weight
+    losses = torch.cat([LOSS(Reweighted(model, weights), batch) for batch in batches]).double()
+    slopes = torch.autograd.grad(losses.mean(), list(shares.values()))
+
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    mean, costs = measured(model, linears, layers, batches, LOSS, backward=True, title="", track=silent)
+    assert mean == pytest.approx(losses.mean().item(), rel=1e-9)
+    assert costs == pytest.approx(
+        {name: -slope.item() / 2 for name, slope in zip(shares, slopes, strict=True)}, rel=1e-4
+    )
+
+
+class Reweighted(torch.nn.Module):
+    """A model that computes by other weights, which need gradients."""
+
+    def __init__(self, model, weights):
+        super().__init__()
+        self.model, self.weights, self.config = [model], weights, model.config
+
+    def forward(self, **inputs):
+        return functional_call(self.model[0], self.weights, kwargs=inputs)
+
+
+@given(
+    costs=st.lists(st.floats(1e-6, 1e3), min_size=14, max_size=14),
+    predicted=st.lists(st.floats(1e-6, 1e3), min_size=14, max_size=14),
+    factor=st.floats(1e-3, 1e3),
+)
+def test_scales_go_halfway_to_the_ratios_and_no_common_factor_moves_them(costs, predicted, factor):
+    one = dict.fromkeys(NAMES, 1.0)
+    costs, predicted = dict(zip(NAMES, costs, strict=True)), dict(zip(NAMES, predicted, strict=True))
+    scales = rescaled(one, costs, predicted)
+    mean = sum(costs.values()) / sum(predicted.values())
+    for name, scale in scales.items():
+        ratio = min(max(costs[name] / predicted[name] / mean, 1 / LIMIT), LIMIT)
+        assert math.log(scale) == pytest.approx(STEP * math.log(ratio), abs=1e-9)
+    again = rescaled(one, {name: factor * cost for name, cost in costs.items()}, predicted)
+    assert again == pytest.approx(scales, rel=1e-6)
+    assert rescaled(scales, predicted, predicted) == pytest.approx({name: scales[name] ** 0.5 for name in NAMES})
+
+
+def test_costs_that_are_noise_alone_move_nothing():
+    scales = dict(zip(NAMES, range(1, 15), strict=True))
+    assert rescaled(scales, dict.fromkeys(NAMES, -1.0), dict.fromkeys(NAMES, 1.0)) == scales
+    assert rescaled(scales, dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 0.0)) == scales
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return calibrate(tiny_model("llama"), BATCHES)
+
+
+def mean_loss(model):
+    with torch.no_grad():
+        return torch.cat([LOSS(model, batch) for batch in BATCHES]).mean().item()
+
+
+@pytest.mark.parametrize("method", ["gfwsvd", "kfac"])
+def test_the_ranks_of_the_lowest_loss_are_taken_within_the_same_size(statistics, method):
+    first, model = tiny_model("llama"), tiny_model("llama")
+    options = {"method": method, "keep": 0.5, "rank_multiple": 1, "statistics": statistics}
+    before = compress(first, **options)
+    report = compress(model, BATCHES, **options, rounds=3)
+    assert len(report.round_losses) == 4 and len(set(report.round_losses)) > 1
+    assert report.round_losses[0] == pytest.approx(mean_loss(first), rel=1e-6)
+    assert mean_loss(model) == pytest.approx(min(report.round_losses), rel=1e-6)
+    assert report.kept <= 0.5 and before.kept <= 0.5 and before.round_losses == []
+    assert all(layer.loss_scale > 0 for layer in report.layers) and before.layers[0].loss_scale is None
+
+
+def test_a_model_is_itself_again_after_a_loss_that_is_nan(statistics):
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss(model, batch):
+        low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
+        return LOSS(model, batch) * (math.nan if low_rank else 1)
+
+    with pytest.raises(GfwsvdError, match=r"loss of the compressed model is NaN or inf \(4 sequences\)"):
+        compress(model, BATCHES, keep=0.5, statistics=statistics, loss=loss, rounds=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(type(module) is torch.nn.Linear for module in find_linears(model).values())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_as_many_batches_are_read_as_a_round_needs(statistics):
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch["input_ids"].shape)
+        return LOSS(model, batch)
+
+    batches = [{"input_ids": random_tokens(2, ROUND_TOKENS // 128)}] * 100
+    compress(tiny_model("llama"), batches, keep=0.5, statistics=statistics, loss=loss, rounds=1)
+    assert len(seen) == 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": -1}, "rounds must be a whole number from 0 on, got -1"),
+        ({"rounds": 1, "ranks": "uniform"}, "uniform ranks of method gfwsvd are not: leave out the rounds"),
+        ({"rounds": 1, "method": "svd_llm"}, "global ranks of method svd_llm are not: leave out the rounds"),
+        ({"rounds": 1}, "rounds measure the loss of the compressed model on batches: give some"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(statistics, options, message):
+    with pytest.raises(GfwsvdError, match=message):
+        compress(tiny_model("llama"), statistics=statistics, **options)
