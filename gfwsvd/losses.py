@@ -47,7 +47,8 @@ def _sample(logits: Tensor, valid: Tensor, texts: Iterable[Tensor], seed: int) -
     for text, part in zip(texts, logits.split(valid.sum(1).tolist()), strict=True):
         key = hashlib.sha256(f"{seed} ".encode() + text.long().cpu().numpy().tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        uniform = torch.rand(part.shape[0], 1, generator=generator, dtype=torch.float64).to(part.device)
-        total = part.double().softmax(-1).cumsum(-1)
-        drawn.append((total < uniform * total[:, -1:]).sum(-1))
-    return torch.cat(drawn)
+        uniform = torch.rand(part.shape[0], 1, generator=generator, dtype=torch.float64)
+        where = "cpu" if torch.are_deterministic_algorithms_enabled() else logits.device  # GPUs sum in any order
+        total = part.to(where).double().softmax(-1).cumsum(-1)
+        drawn.append((total < uniform.to(where) * total[:, -1:]).sum(-1))
+    return torch.cat(drawn).to(logits.device)

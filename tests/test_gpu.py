@@ -16,7 +16,7 @@ from gfwsvd.fuse import fuse
 from gfwsvd.host import to_host
 from gfwsvd.latency import measure_latency
 from gfwsvd.ranks import STORAGE
-from gfwsvd.statistics import UNITS
+from gfwsvd.statistics import LABELS, UNITS
 from gfwsvd.work import open_work
 from tiny_models import CAUSAL_KINDS, VOCABULARY, random_tokens, tiny_model
 
@@ -105,10 +105,11 @@ def test_tensors_come_to_the_host_with_the_same_bits_once_they_are_computed(monk
         assert found[name].is_cpu and torch.equal(found[name], value.cpu()), name
 
 
-def test_deterministic_statistics_have_the_same_bits_at_every_run():
+@pytest.mark.parametrize("labels", LABELS)
+def test_deterministic_statistics_have_the_same_bits_at_every_run(labels):
     model = wide_model().bfloat16().cuda()
     with exactly_repeated(True):
-        first, second = (calibrate(model, _batches(), sweeps=2) for _ in range(2))
+        first, second = (calibrate(model, _batches(), sweeps=2, labels=labels) for _ in range(2))
     for name, stats in first.layers.items():
         for matrix in ("input_moment", "output_moment", "left", "right"):
             assert torch.equal(getattr(stats, matrix), getattr(second.layers[name], matrix)), (name, matrix)
@@ -169,3 +170,11 @@ def test_replayed_steps_say_the_tokens_of_generation(fused):
 def test_latency_is_measured_on_the_gpu():
     table = measure_latency(tiny_model("llama").bfloat16().cuda(), tokens=1)
     assert table.device == torch.cuda.get_device_name() and table.dtype == "bfloat16"
+
+
+def test_rounds_choose_ranks_on_a_gpu_and_lower_the_loss():
+    model = tiny_model("llama").cuda()
+    report = compress(model, _batches(), keep=0.5, rank_multiple=1, rounds=2)
+    assert len(report.round_losses) == 3 and all(layer.loss_scale > 0 for layer in report.layers)
+    expected = compress(tiny_model("llama"), _batches(), keep=0.5, rank_multiple=1, rounds=2)
+    assert report.round_losses[0] == pytest.approx(expected.round_losses[0], rel=1e-3)
