@@ -73,8 +73,8 @@ class CompressionReport:
         time_kept: their time now over that before, as the latency table predicts it; None without one.
         guard: whether held-out tokens could change the metrics of a layer.
         bits: of the factors of low-rank layers where they are whole numbers, else None.
-        round_losses: mean loss of the compressed model at the first ranks and after each round of allocation, in this
-            order; the ranks of the lowest were taken. Empty without rounds.
+        round_losses: mean loss of the compressed model, as two factors, at the first ranks and after each round of
+            allocation, in this order; the ranks of the lowest were taken. Empty without rounds.
     """
 
     method: str

@@ -105,8 +105,8 @@ def test_the_ranks_of_the_lowest_loss_are_taken_within_the_same_size(statistics,
     before = compress(first, **options)
     report = compress(model, BATCHES, **options, rounds=3)
     assert len(report.round_losses) == 4 and len(set(report.round_losses)) > 1
-    assert report.round_losses[0] == pytest.approx(mean_loss(first), rel=1e-6)
-    assert mean_loss(model) == pytest.approx(min(report.round_losses), rel=1e-6)
+    assert report.round_losses[0] == pytest.approx(mean_loss(first), rel=1e-5)
+    assert mean_loss(model) == pytest.approx(min(report.round_losses), rel=1e-5)
     assert report.kept <= 0.5 and before.kept <= 0.5 and before.round_losses == []
     assert all(layer.loss_scale > 0 for layer in report.layers) and before.layers[0].loss_scale is None
 
