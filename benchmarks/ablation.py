@@ -52,13 +52,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "kfac, global": {"method": "kfac", "ranks": "global", "storage": "factors", **_BARE},
     "kfac, global, pivoted": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE},
     "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
-    "kfac + 3 rounds": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 3},
-    "gfwsvd + 3 rounds": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 3},
+    "kfac + 2 rounds": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
+    "gfwsvd + 2 rounds": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
     "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
-_ROUNDS = ("gfwsvd + 3 rounds", "kfac + 3 rounds")
+_ROUNDS = ("gfwsvd + 2 rounds", "kfac + 2 rounds")
 STUDIES = (
     Study("steps", 1, tuple(step for step in STEPS if step not in _ROUNDS)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
