@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,12 +143,11 @@ def compress(
         linears, statistics, row, blanks=blanks, keep=keep, damping=damping, guard=guard, work=work, track=track
     )
     candidates = {name: solution.candidate for name, solution in solutions.items()}
-    form: dict[str, Any] = {"factors": factors, "multiple": rank_multiple, "cost": cost, "track": track}
-    plain = {name: one._replace(candidate=replace(one.candidate, pivoted=False)) for name, one in solutions.items()}
+    form: dict[str, Any] = {"solutions": solutions, "factors": factors, "multiple": rank_multiple, "cost": cost}
+    form["track"] = track
 
-    def two_factors(ranks: Mapping[str, int | None]) -> dict[str, LowRankLinear]:
-        """Layers of the same products, but for rounding, at a fraction of the time."""
-        built = build_layers(linears, statistics, row, solutions=plain, ranks=ranks, bits=None, **form)
+    def plain(ranks: Mapping[str, int | None]) -> dict[str, LowRankLinear]:
+        built = build_layers(linears, statistics, row, ranks=ranks, bits=None, plain=True, **form)
         return {name: layer for name, (layer, _) in built.items()}
 
     found = Refined(allocate(candidates, **spend), [], {})
@@ -162,10 +160,10 @@ def compress(
             loss or next_token_loss("empirical", seed),
             rounds=rounds,
             allocate=lambda scaled: allocate(scaled, **spend),
-            build=two_factors,
+            build=plain,
             track=track,
         )
-    layers = build_layers(linears, statistics, row, solutions=solutions, ranks=found.ranks, bits=bits, **form)
+    layers = build_layers(linears, statistics, row, ranks=found.ranks, bits=bits, **form)
     before = model_size(model)
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)

@@ -144,21 +144,25 @@ def low_rank(
     bits: int | None,
     multiple: int,
     cost: Cost,
-    metrics: tuple[Metric, Metric],
+    metrics: Callable[[], tuple[Metric, Metric]] | None,
 ) -> Built:
     """The layer of `rank` that takes the place of the linear `module`, its factors in `bits` if given.
 
     A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
+
+    Args:
+        metrics: that rounding is judged by; None leaves it out of account.
     """
     layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank), bits=bits)
-    if layer.weight.dtype.itemsize >= 4:
+    if metrics is None or layer.weight.dtype.itemsize >= 4:
         return Built(layer, None)
-    rounding = _rounding_loss(layer, factors, metrics)
+    weighed_by = metrics()
+    rounding = _rounding_loss(layer, factors, weighed_by)
     lower = candidate.two_factors(rank, multiple, cost)
     if layer.kind == "pivoted" and lower:
         tails = candidate.tails()
         other = _stored_layer(module, factors, lower, pivoted=False, bits=bits)
-        other_rounding = _rounding_loss(other, factors, metrics)
+        other_rounding = _rounding_loss(other, factors, weighed_by)
         if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
             return Built(other, other_rounding)
     return Built(layer, rounding)

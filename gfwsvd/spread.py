@@ -1,6 +1,8 @@
 """The layers of a model solved and built by all ranks of a job, each its share: all end with all of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,6 +54,7 @@ def build_layers(
     bits: int | None,
     multiple: int,
     cost: Cost,
+    plain: bool = False,
     track: Track,
 ) -> dict[str, Built]:
     """The new layers, on every rank, of those that `ranks` does not leave dense.
@@ -59,6 +62,7 @@ def build_layers(
     Args:
         solutions, factors: of `solve_layers`.
         bits, multiple, cost: see `solve.low_rank`.
+        plain: two factors everywhere, whose rounding nobody judges: the same products at a fraction of the time.
 
     Raises:
         GfwsvdError: on all ranks, what is raised on one.
@@ -68,15 +72,16 @@ def build_layers(
     with shared_errors():
         for name in track(list(chosen), f"{row.name}: {len(chosen)} low-rank layers"):
             candidate, soundness = solutions[name]
+            metrics = partial(metrics_of, statistics, name, row, soundness["metrics"])
             built[name] = low_rank(
                 linears[name],
-                candidate,
+                replace(candidate, pivoted=candidate.pivoted and not plain),
                 factors[name](),
                 chosen[name],
                 bits=bits,
                 multiple=multiple,
                 cost=cost,
-                metrics=metrics_of(statistics, name, row, soundness["metrics"]),
+                metrics=None if plain else metrics,
             )
     forms = _merged({name: (new.layer.rank, new.layer.kind == "pivoted", new.rounding) for name, new in built.items()})
     owner = _owners(linears)
