@@ -15,17 +15,24 @@ from torch import Tensor
 from benchmarks import providers as by
 from benchmarks.providers import Call, Inputs, Missing, Provider
 from benchmarks.shapes import GroupCase
+from gfwsvd.quantise import eight_bits
 from gfwsvd_kernels import Factors, LowRankGroup
-from gfwsvd_kernels.layout import FEW_TOKENS, Operands
+from gfwsvd_kernels.layout import FEW_TOKENS, UNIT, Operands
 
 
-def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """`factors` has (down, up) of each projection, `orders` where its outputs are in [z, y], None if y has them all."""
+def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> Inputs:
+    """`factors` has (down, up) of each projection, `orders` where its outputs are in [z, y], None if y has them all.
+
+    With `int8` ours get factors in eight bits, and all others, and "half", the same numbers in `dtype`.
+    """
     activation = "silu_mul" if case.silu_mul else None
     projections = [
         _factors(case.d_in, rank, d_out, case.pivoted, dtype, device)
         for rank, d_out in zip(case.ranks, case.d_outs, strict=True)
     ]
+    rounded = [_eight_bits(p) for p in projections] if int8 else projections
+    if int8:
+        projections = [_in_dtype(p) for p in rounded]
     found: Inputs = {
         "x": torch.randn(case.tokens, case.d_in, device=device, dtype=dtype),
         "factors": [(p.down, p.up) for p in projections],
@@ -35,7 +42,9 @@ def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device) -> Inputs:
     }
     if case.pivoted:
         found["unpivoted"] = _buffers([Factors(p.down, _whole_up(p)) for p in projections], activation)
-    return found | _buffers(projections, activation)
+    if int8:
+        found["half"] = _buffers(projections, activation)
+    return found | _buffers(rounded, activation)
 
 
 def _factors(d_in: int, rank: int, d_out: int, pivoted: bool, dtype: torch.dtype, device: torch.device) -> Factors:
@@ -44,6 +53,19 @@ def _factors(d_in: int, rank: int, d_out: int, pivoted: bool, dtype: torch.dtype
     up = torch.randn(d_out - pivoted * rank, rank, device=device) / rank**0.5
     pivots = torch.randperm(d_out)[:rank].sort().values if pivoted else None
     return Factors(down.to(dtype), up.to(dtype), None, pivots)
+
+
+def _eight_bits(p: Factors) -> Factors:
+    """With scales that are powers of two, so that the same numbers fit a narrow dtype."""
+    up, down, scales = eight_bits(p.up, p.down, dtype=p.up.dtype)
+    return p._replace(up=up, down=down, scales=scales.log2().round().exp2())
+
+
+def _in_dtype(p: Factors) -> Factors:
+    assert p.scales is not None
+    down, up = (UNIT * part.float() for part in (p.down, p.up))
+    dtype = p.scales.dtype
+    return Factors((down * p.scales[0][:, None]).to(dtype), (up * p.scales[1]).to(dtype), p.bias, p.pivots)
 
 
 def _order(p: Factors, device: torch.device) -> Tensor | None:
@@ -84,6 +106,11 @@ def flops(case: GroupCase) -> int:
 def num_bytes(case: GroupCase, size: int) -> int:
     """Factors and x read, y written. Where the pivots are is not counted: the next layer's weights can absorb that."""
     return size * (case.num_weights + case.tokens * (case.d_in + case.out_width))
+
+
+def num_bytes_int8(case: GroupCase, size: int) -> int:
+    """The same of factors in eight bits, whose scales are of `size`."""
+    return num_bytes(case, size) - (size - 1) * case.num_weights + 2 * size * sum(case.ranks)
 
 
 def _joined(parts: Sequence[Tensor], silu_mul: bool) -> Tensor:
@@ -150,10 +177,14 @@ def in_triton(name: str, most_tokens: int | None = None) -> Provider:
 _OURS = by.ours("decode", "lowrank_group", "x", *Operands._fields, "sizes", "silu_mul")
 
 
-def _unpivoted(device: torch.device) -> Call:
-    """Ours without pivots, at the same rank: the same map from R D_OUT entries of up instead of R (D_OUT - R)."""
-    call = _OURS.load(device)
-    return lambda i: call(i | i["unpivoted"])
+def _of_others(name: str) -> Provider:
+    """Ours with the buffers that the inputs hold under a name."""
+
+    def load(device: torch.device) -> Call:
+        call = _OURS.load(device)
+        return lambda i: call(i | i[name])
+
+    return Provider(load)
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -164,4 +195,6 @@ PROVIDERS: dict[str, Provider] = {
     "two_matmuls": by.plain(_two_matmuls),
     "compiled": by.compiled(apart, *_ARGUMENTS),
 }
-PIVOTED_PROVIDERS = PROVIDERS | {"unpivoted": Provider(_unpivoted)}
+# Ours without pivots, at the same rank: the same map from R D_OUT entries of up instead of R (D_OUT - R)
+PIVOTED_PROVIDERS = PROVIDERS | {"unpivoted": _of_others("unpivoted")}
+INT8_PROVIDERS = {"ours": _OURS, "half": _of_others("half"), "dense": PROVIDERS["dense"]}

@@ -326,4 +326,12 @@ OPS: dict[str, Op] = {
         providers=groups.PIVOTED_PROVIDERS,
         headlines=_gate_up((1, 64, 4096), pivoted=True),
     ),
+    "lowrank_group_int8": _group_op(
+        cases=partial(shapes.group_cases, pivoted=True),
+        tokens=(1, 2, 64),
+        inputs=partial(groups.inputs, int8=True),
+        bytes=groups.num_bytes_int8,
+        providers=groups.INT8_PROVIDERS,
+        headlines=_gate_up((1,), pivoted=True),
+    ),
 }

@@ -1,5 +1,6 @@
 """What the hooks of a calibration see, brought to the statistics of the layer it belongs to."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from .statistics import (
     clip_tokens,
     power_of_two_scale,
     sequences,
+    settle,
 )
 
 
@@ -73,8 +75,10 @@ class Collector:
         self.linears = {name: linears[name] for name in group.layers}
         self.collect, self.clip = collect, clip
         self.backward = bool(collect & {GRADIENTS, KRONECKER})
-        self.mask: Tensor | None = None  # (B, S) of the batch in flight, None without padding
-        self.num_sequences = self.num_losses = 0  # of the batch in flight
+        # Of the batch in flight:
+        self.num_sequences = self.num_losses = self.width = 0  # width: tokens of a row with padding, 0 without any
+        self.kept = self.offsets = torch.empty(0)  # with padding, which tokens are none, and the offsets of sequences
+        self.sums: list[tuple[str, Tensor]] = []  # of tensors that were seen: NaN or inf where an entry is
 
     def collect_batch(self, batch: Batch) -> None:
         """Adds a batch to all sums of the present pass.
@@ -88,6 +92,10 @@ class Collector:
         callbacks = {"on_gradient": self._see_gradient} if self.backward else {}
         with watch(active, on_input=self._see_input, **callbacks), torch.set_grad_enabled(self.backward):
             self._run(batch)
+        for stats in group.layers.values():
+            settle(stats.squared_parts)
+        for sweep in group.sweeps.values():
+            sweep.settle()
         if group.number == 0:
             group.num_losses += self.num_losses
             group.num_sequences += self.num_sequences
@@ -144,10 +152,14 @@ class Collector:
     def _run(self, batch: Batch) -> None:
         device = model_device(self.model)
         batch = {name: value.to(device) for name, value in batch.items()}
+        self.num_sequences, self.width, self.sums = num_rows(batch), 0, []
         mask = batch.get("attention_mask")
-        self.mask = mask.bool() if mask is not None and not mask.bool().all() else None
-        self.num_sequences = num_rows(batch)
+        if mask is not None and not mask.bool().all():
+            self.width, self.kept = mask.shape[1], mask.flatten().nonzero()[:, 0]
+            self.offsets = F.pad(mask.bool().sum(1).cumsum(0), (1, 0)).cpu()
         losses = self.loss(self.model, batch)
+        if name := self._not_finite():
+            raise NotFinite(f"the activations that enter layer {name} hold NaN or inf; expected finite numbers")
         if not self.backward:
             return
         if not isinstance(losses, Tensor) or not losses.requires_grad or losses.numel() == 0:
@@ -160,10 +172,17 @@ class Collector:
             raise NotFinite("the calibration loss is NaN or inf; check the batch's text and the model's weights")
         self.num_losses = losses.numel()
         total.backward()
+        if name := self._not_finite():
+            raise GfwsvdError(f"the gradients that leave layer {name} hold NaN or inf; expected finite numbers")
+
+    def _not_finite(self) -> str | None:
+        """The first layer of which a tensor seen since the last call holds NaN or inf. It is asked once for all
+        tensors, since an answer waits for the GPU."""
+        seen, self.sums = self.sums, []
+        return next((name for name, total in seen if not math.isfinite(total)), None)
 
     def _see_input(self, name: str, x: Tensor) -> None:
-        if not _is_finite(x):
-            raise NotFinite(f"the activations that enter layer {name} hold NaN or inf; expected finite numbers")
+        self.sums.append((name, x.detach().sum(dtype=torch.float32)))
         if not self.backward:
             self._add_input(name, *self._rows(name, x))
 
@@ -179,8 +198,7 @@ class Collector:
 
     def _scaled_rows(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of inputs and of scaled gradients that are no padding, and the offsets of their sequences."""
-        if not _is_finite(g):
-            raise GfwsvdError(f"the gradients that leave layer {name} hold NaN or inf; expected finite numbers")
+        self.sums.append((name, g.sum(dtype=torch.float32)))
         stats = self.group.layers[name]
         x, offsets = self._rows(name, x)
         g, _ = self._rows(name, g)
@@ -199,17 +217,17 @@ class Collector:
         """The rows of a layer's tensor that are no padding, (T, D), and the offsets of their sequences."""
         rows = values.reshape(-1, values.shape[-1])
         rows = rows.float() if rows.dtype == torch.float64 else rows  # the statistics are float32
-        tokens, mask = rows.shape[0], self.mask
+        tokens = rows.shape[0]
         if tokens == self.num_sequences:  # a pooled layer: one row for each sequence
-            return rows, torch.arange(tokens + 1, device=rows.device)
-        if tokens % self.num_sequences or mask is not None and tokens != mask.numel():
+            return rows, torch.arange(tokens + 1)
+        if tokens % self.num_sequences or self.width and tokens != self.num_sequences * self.width:
             raise GfwsvdError(
                 f"layer {name} sees {tokens} rows in a batch of {self.num_sequences} sequences"
-                f"{'' if mask is None else f' of {mask.shape[1]} tokens'}: expected one for every token; exclude it"
+                f"{f' of {self.width} tokens' if self.width else ''}: expected one for every token; exclude it"
             )
-        if mask is None:
-            return rows, torch.arange(0, tokens + 1, tokens // self.num_sequences, device=rows.device)
-        return rows[mask.flatten()], F.pad(mask.sum(1).cumsum(0), (1, 0))
+        if not self.width:
+            return rows, torch.arange(0, tokens + 1, tokens // self.num_sequences)
+        return rows[self.kept.to(rows.device)], self.offsets
 
 
 def num_rows(batch: Batch) -> int:
@@ -226,8 +244,3 @@ def split_rows(batches: Iterable[Batch], most: int, skip: int = 0) -> list[Batch
         for start in range(first, rows, most or rows):
             parts.append({name: value[start : start + (most or rows)] for name, value in batch.items()})
     return parts
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or inf, in one pass over memory: either makes the sum NaN or inf."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32)))

@@ -27,6 +27,7 @@ from .statistics import (
     part_probes,
     power_of_two_scale,
     sequences,
+    settle,
     squared_norms,
 )
 
@@ -47,13 +48,14 @@ class Sweep:
         self.right: Tensor | None = None
         self.weigh_left, self.weigh_right = stats.left, stats.right  # what samples are weighed by
         self.num_tokens = self.renewed_at = 0
-        self.trace = 0.0
-        self.squared_parts: dict[str, float] = {}
+        self.trace: Tensor | float = 0.0
+        self.squared_parts: dict[str, Any] = {}
         self.scales: tuple[float, ...] = ()  # bring token weights near one, which half-precision operands need
         self.sketch = Sketch(stats, sketch_seed) if sketch_seed is not None else None
 
     def accumulate(self, x: Tensor, g: Tensor, cu_seqlens: Tensor) -> None:
-        """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,)."""
+        """Adds a batch: inputs `x (T, D_IN)`, scaled gradients `g (T, D_OUT)`, offsets of sequences (N + 1,), which are
+        on the CPU. Numbers stay where they are computed until `settle`."""
         if self.left is None or self.right is None:
             self.left = empty_triangle(self.stats.d_out, x)
             self.right = empty_triangle(self.stats.d_in, x)
@@ -65,11 +67,12 @@ class Sweep:
         if self.unit == "token":
             self._accumulate_tokens(x, g, cu_seqlens)
         else:
-            sequence_unit_step(self.left, x, g, self.weigh_right, offsets)
-            sequence_unit_step(self.right, g, x, self.weigh_left, offsets)
+            sequence_unit_step(self.left, x, g, self.weigh_right, offsets.to(x.device))
+            sequence_unit_step(self.right, g, x, self.weigh_left, offsets.to(x.device))
             add_parts(self.squared_parts, "left", _sample_parts(g, x, self.weigh_right, offsets))
             add_parts(self.squared_parts, "right", _sample_parts(x, g, self.weigh_left, offsets))
-            self.trace += sum(_energy(x[part].float().T @ g[part].float()) for part in sequences(offsets))
+            for part in sequences(offsets):
+                self.trace = self.trace + _energy(x[part].float().T @ g[part].float())
         if self.sketch is not None:
             self.sketch.accumulate(x, g, None if self.unit == "token" else offsets)
 
@@ -83,7 +86,12 @@ class Sweep:
         ):
             gram_accumulate(factor, rows, weight=weight * scale)
             add_parts(self.squared_parts, name, gram_parts(rows, cu_seqlens, weight * scale))
-        self.trace += (squared_norms(x).double() @ squared_norms(g).double()).item()
+        self.trace = self.trace + squared_norms(x).double() @ squared_norms(g).double()
+
+    def settle(self) -> None:
+        """Makes floats of the numbers that were accumulated."""
+        self.trace = float(self.trace)
+        settle(self.squared_parts)
 
     def merge(self) -> None:
         """Adds up what the processes of a job accumulated, each from samples of its own."""
@@ -94,7 +102,7 @@ class Sweep:
             factor *= theirs / ours  # powers of two
             self.squared_parts[name] *= (theirs / ours) ** 2
         self.scales = common
-        numbers = summed({"trace": self.trace, **self.squared_parts})
+        numbers = summed({"trace": float(self.trace), **self.squared_parts})
         self.trace, self.squared_parts = numbers.pop("trace"), numbers
         sketched = [] if self.sketch is None else [self.sketch.total]
         add_up(tensor for tensor in (self.left, self.right, *sketched) if tensor is not None)
@@ -124,7 +132,8 @@ class Sweep:
         stats = self.stats
         if self.left is None or self.right is None:
             return None
-        scales = self.scales or (1.0, 1.0)
+        settle(self.squared_parts)
+        trace, scales = float(self.trace), self.scales or (1.0, 1.0)
         sizes = norm(self.left), norm(self.right)
         if min(sizes) > 0:
             self.left /= sizes[0]
@@ -134,13 +143,13 @@ class Sweep:
             }
         grown = sizes[0] / scales[0], sizes[1] / scales[1]
         if self.weigh_right is None:  # the identity, whose own fit is the trace
-            stats.scale = grown[0] * grown[1] / self.trace if self.trace else 0.0
+            stats.scale = grown[0] * grown[1] / trace if trace else 0.0
             cosine = packed_diagonal(self.right).sum(dtype=torch.float64).item() / stats.d_in**0.5
         else:
             lengths = _norm_of(self.weigh_left), _norm_of(self.weigh_right)
             stats.scale = math.sqrt(grown[0] / lengths[1] * grown[1] / lengths[0])
             cosine = inner(self.right, self.weigh_right) / lengths[1]
-        stats.trace = self.trace
+        stats.trace = trace
         stats.convergence.append(math.sqrt(max(0.0, 1.0 - cosine**2)))
         stats.left, stats.right = self.left, self.right
         if self.online and self.sketch is not None:  # no pair weighed all samples
@@ -166,13 +175,14 @@ def _token_weights(rows: Tensor, metric: Tensor | None) -> Tensor:
     return quadratic_form(rows, metric).clamp_(min=0)  # rounding may take a zero below zero
 
 
-def _energy(matrix: Tensor) -> float:
-    return matrix.square().sum(dtype=torch.float64).item()
+def _energy(matrix: Tensor) -> Tensor:
+    return matrix.square().sum(dtype=torch.float64)
 
 
-def _sample_parts(g: Tensor, x: Tensor, metric: Tensor | None, offsets: Tensor) -> float:
-    """The sum over samples of `||g_sᵀ x_s metric x_sᵀ g_s||²`, estimated."""
-    total, projected = 0.0, g.float() @ part_probes(g)
+def _sample_parts(g: Tensor, x: Tensor, metric: Tensor | None, offsets: Tensor) -> Tensor:
+    """The sum over samples of `||g_sᵀ x_s metric x_sᵀ g_s||²`, estimated; a number, float64."""
+    projected = g.float() @ part_probes(g.shape[1], g.device)
+    total = projected.new_zeros((), dtype=torch.float64)
     full = None if metric is None else symmetrize(metric)
     for part in sequences(offsets):
         seen = x[part].float().T @ projected[part]

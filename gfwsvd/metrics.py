@@ -31,11 +31,11 @@ def inner(first: Tensor, second: Tensor) -> float:
     """Frobenius inner product of two symmetric matrices, given as packed triangles (D (D + 1) / 2,), in float64."""
     pieces = zip(first.split(_PIECE), second.split(_PIECE), strict=True)
     twice = 2 * sum(_dot(a, b) for a, b in pieces)
-    return twice - _dot(packed_diagonal(first), packed_diagonal(second))
+    return float(twice - _dot(packed_diagonal(first), packed_diagonal(second)))  # what waits for a GPU comes last
 
 
-def _dot(first: Tensor, second: Tensor) -> float:
-    return (first.double() * second.double()).sum().item()
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first.double() * second.double()).sum()
 
 
 def norm(packed: Tensor) -> float:

@@ -5,8 +5,10 @@ gradient of one sample i (a token, a sequence or a batch: the Fisher unit) is `G
 factors come from `kronecker.py`.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +90,9 @@ class LayerStatistics:
 
 
 def power_of_two_scale(g: Tensor) -> float:
-    """The power of two that brings the root mean square of `g` near one; 1 when `g` is zero."""
+    """The power of two that brings the root mean square of `g` near one; 1 when `g` is zero or not finite."""
     mean_square = g.double().square().mean().item()
-    return 2.0 ** -round(math.log2(mean_square) / 2) if mean_square else 1.0
+    return 2.0 ** -round(math.log2(mean_square) / 2) if 0 < mean_square < math.inf else 1.0
 
 
 def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Tensor:
@@ -99,17 +101,17 @@ def clip_tokens(x: Tensor, g: Tensor, cu_seqlens: Tensor, *, clip: float) -> Ten
 
     Args:
         x: inputs (T, D_IN).
-        cu_seqlens: sequence offsets (N + 1,).
+        cu_seqlens: sequence offsets (N + 1,), on the CPU: nothing here waits for a GPU.
         clip: positive; 0 for no clipping.
     """
     if not clip:
         return g
     norms = _row_norms(x) * _row_norms(g)
     scales = torch.ones_like(norms)
-    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        sizes = norms[start:stop]
-        if (positive := sizes[sizes > 0]).numel():  # the last token predicts nothing and has no gradient
-            scales[start:stop] = (clip * positive.median() / sizes).clamp_(max=1)
+    for part in sequences(cu_seqlens):
+        positive = norms[part] > 0  # the last token predicts nothing and has no gradient
+        median = norms[part].where(positive, torch.nan).nanmedian()
+        scales[part] = (clip * median / norms[part]).clamp_(max=1).where(positive, 1.0)
     return g * scales[:, None].to(g.dtype)
 
 
@@ -145,33 +147,45 @@ def accumulate_outputs(stats: LayerStatistics, x: Tensor, g: Tensor, cu_seqlens:
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Of each row, (T,) float32."""
-    return rows.float().square().sum(-1)
+    return _row_norms(rows).square()
 
 
-def add_parts(sums: dict[str, float], matrix: str, squared: float) -> None:
+def add_parts(sums: dict[str, Any], matrix: str, squared: Tensor) -> None:
+    """Adds a number (a tensor of no dimension) where it was computed: nothing waits for it before `settle`."""
     sums[matrix] = sums.get(matrix, 0.0) + squared
 
 
-def gram_parts(rows: Tensor, cu_seqlens: Tensor, weight: Tensor | None = None) -> float:
-    """The sum over sequences of `||rows_sᵀ diag(weight_s) rows_s||²`, estimated."""
-    projected = rows.float() @ part_probes(rows)
+def settle(sums: dict[str, Any]) -> None:
+    """Makes floats of the numbers that `add_parts` has added."""
+    sums.update({name: float(value) for name, value in sums.items()})
+
+
+def gram_parts(rows: Tensor, cu_seqlens: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sum over sequences of `||rows_sᵀ diag(weight_s) rows_s||²`, estimated; a number, float64."""
+    if rows.dtype != torch.bfloat16:  # whose range is enough, and copies in float32 would take longer than the products
+        rows = rows.float()
+    projected = rows @ part_probes(rows.shape[1], rows.device).to(rows.dtype)
     if weight is not None:
-        projected *= weight[:, None]
-    return sum(part_energy(rows[part].float().T @ projected[part]) for part in sequences(cu_seqlens))
+        projected = (projected * weight[:, None]).to(rows.dtype)
+    total = rows.new_zeros((), dtype=torch.float64)
+    for part in sequences(cu_seqlens):
+        total += part_energy(rows[part].T @ projected[part])
+    return total
 
 
-def part_energy(product: Tensor) -> float:
-    """The squared Frobenius norm of a symmetric M, estimated from its product with `part_probes`."""
-    return product.square().sum(dtype=torch.float64).item() / PART_PROBES
+def part_energy(product: Tensor) -> Tensor:
+    """The squared Frobenius norm of a symmetric M, estimated from its product with `part_probes`; a number, float64."""
+    return product.float().square().sum(dtype=torch.float64) / PART_PROBES
 
 
-def part_probes(rows: Tensor) -> Tensor:
-    """Gaussian probes for rows (T, D), (D, PART_PROBES), the same at every call."""
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    return torch.randn(rows.shape[1], PART_PROBES, generator=generator).to(rows.device)
+@functools.lru_cache(maxsize=64)  # to draw them takes longer than to use them
+def part_probes(width: int, device: torch.device) -> Tensor:
+    """Gaussian probes for rows (T, WIDTH), (WIDTH, PART_PROBES), the same at every call: not to be changed."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(width, PART_PROBES, generator=generator).to(device)
 
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
-    """The rows of each sequence, empty ones left out."""
+    """The rows of each sequence, by offsets on the CPU; empty ones left out."""
     bounds = cu_seqlens.tolist()
     return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if start < stop]

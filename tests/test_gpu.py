@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import symmetric
 
+from benchmarks.random_models import random_model
 from gfwsvd import host, passes
 from gfwsvd.calibration import calibrate
 from gfwsvd.cli_app import exactly_repeated
@@ -13,6 +14,7 @@ from gfwsvd.compress import compress
 from gfwsvd.decoding import GraphDecoder
 from gfwsvd.evaluate import evaluate
 from gfwsvd.fuse import fuse
+from gfwsvd.hf import save_pretrained
 from gfwsvd.host import to_host
 from gfwsvd.latency import measure_latency
 from gfwsvd.ranks import STORAGE
@@ -178,3 +180,24 @@ def test_rounds_choose_ranks_on_a_gpu_and_lower_the_loss():
     assert len(report.round_losses) == 3 and all(layer.loss_scale > 0 for layer in report.layers)
     expected = compress(tiny_model("llama"), _batches(), keep=0.5, rank_multiple=1, rounds=2)
     assert report.round_losses[0] == pytest.approx(expected.round_losses[0], rel=1e-3)
+
+
+def test_a_model_of_the_size_of_smollm2_goes_from_statistics_to_a_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = random_model("smollm2-135m", dtype=torch.float32, device="cpu")
+    batches = [{"input_ids": torch.randint(model.config.vocab_size, (2, 128))} for _ in range(4)]
+    expected = calibrate(model, batches)
+    model.cuda()
+    found = calibrate(model, batches)
+    for name, stats in found.layers.items():
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            _agree(symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(expected.layers[name], matrix)), 1e-3)
+    report = compress(model, statistics=found, keep=0.8)
+    assert report.kept <= 0.8 and any(layer.kind == "pivoted" for layer in report.layers)
+    save_pretrained(model, tmp_path / "smaller", report=report)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller", dtype="auto", device_map="cuda").eval()
+    ids = batches[0]["input_ids"].cuda()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

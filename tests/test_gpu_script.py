@@ -18,7 +18,7 @@ from benchmarks.registry import OPS
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "tests": ["tests on the GPU"],
-    "checks": ["memcheck", "memcheck of groups"],
+    "checks": ["memcheck", "memcheck of groups", "memcheck of groups of many tokens"],
     "kernels": ["benchmarks", "predictions", "tables"],
     "models": ["generation", "compression"],
 }

@@ -57,6 +57,13 @@ from benchmarks.shapes import MODELS, Case, Grid, GroupCase, rank
             2 * 2 * (2 * 3 + 3 * 2 + 1 * 3 + 3 * 1),
             2 * (12 + 6 + 2 * 3 + 2 * 9),
         ),
+        # a byte for each of 18 entries, two scales for each of three ranks
+        (
+            "lowrank_group_int8",
+            GroupCase(2, "qkv", 3, (5, 4), (2, 1), pivoted=True, silu_mul=False),
+            2 * 2 * (2 * 3 + 3 * 2 + 1 * 3 + 3 * 1),
+            18 + 2 * (2 * 3 + 2 * 3 + 2 * 9),
+        ),
     ],
 )
 def test_work_is_what_a_hand_counts(op, case, flops, num_bytes):
