@@ -24,7 +24,7 @@ from served_models import save_compressed
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, smollm2) -> Callable[[str], Path]:
-    """The folder of a compressed model: one of `TINY`, or "smollm2"."""
+    """The folder of a compressed model: one of `TINY`, or "smollm2"; with "-8" after it in eight bits."""
     root = tmp_path_factory.mktemp("served")
 
     def folder(kind: str) -> Path:
