@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from gfwsvd.convert import in_eight_bits
 from served_models import save_compressed
 
 
@@ -28,7 +29,11 @@ def served(tmp_path_factory, smollm2) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("served")
 
     def folder(kind: str) -> Path:
-        if not (root / kind).exists():
+        if (root / kind).exists():
+            return root / kind
+        if (plain := kind.removesuffix("-8")) != kind:
+            in_eight_bits(str(folder(plain)), root / kind)
+        else:
             save_compressed(kind, root / kind, smollm2)
         return root / kind
 

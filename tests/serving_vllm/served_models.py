@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from gfwsvd import calibrate, compress, load_model, save_pretrained, token_batches
-from gfwsvd.convert import in_eight_bits
 from test_hf import compress_by_hand
 
 SIZES = {  # vLLM on a CPU wants heads of 32 at least
@@ -46,15 +45,8 @@ def random_model(build: Callable[[], nn.Module]) -> nn.Module:
     return model.eval()
 
 
-EIGHT = "-8"  # ends the kind of a model whose factors are in eight bits
-
-
 def save_compressed(kind: str, folder: Path, smollm2: Path) -> None:
     """Write a tiny model, whose layers are low-rank, pivoted and dense by turns, or SmolLM2 at keep 0.9."""
-    if (plain := kind.removesuffix(EIGHT)) != kind:
-        save_compressed(plain, folder.with_suffix(".plain"), smollm2)
-        in_eight_bits(str(folder.with_suffix(".plain")), folder)
-        return
     if kind in TINY:
         model = random_model(TINY[kind])
         save_pretrained(model, folder, report=compress_by_hand(model))
