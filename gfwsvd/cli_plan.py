@@ -14,7 +14,21 @@ from .cli_app import app, check_dtype, memory_limits, mendable
 from .footprint import Settings, check_settings
 from .hardware import Hardware, measure
 from .methods import METHODS
-from .options import BatchSize, Device, DeviceMemory, Dtype, HostMemory, Json, Model, SeqLen, Sequences, Sweeps, one_of
+from .options import (
+    BatchSize,
+    Bits,
+    Device,
+    DeviceMemory,
+    Dtype,
+    HostMemory,
+    Json,
+    Model,
+    Rounds,
+    SeqLen,
+    Sequences,
+    Sweeps,
+    one_of,
+)
 from .output import print_values
 from .plan import Plan, plan
 from .ranks import STORAGE
@@ -31,6 +45,8 @@ def plan_command(
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
     ] = "pivoted",
+    bits: Bits = None,
+    rounds: Rounds = 0,
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
@@ -45,10 +61,11 @@ def plan_command(
 
     It reads the configuration of the model, never its weights, measures the machine for a few seconds, and refuses what
     cannot fit into the limits of memory, or else into what is free. Start it where the output is to go. Times suppose
-    that nothing else runs, and that the guard is content with its first choice of metrics, of four.
+    that nothing else runs, and that the guard is content with its first choice of metrics, of four. Rounds have the
+    model in memory twice, dense and compressed.
     """
     check_dtype(dtype)
-    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage)
+    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage, bits, rounds)
     check_settings(settings)
     limits = memory_limits(device_memory, host_memory)
     shape, name = model_shape(model, dtype=dtype)
@@ -57,7 +74,7 @@ def plan_command(
     if json_output:
         print_values({"model": name, **found.to_json()}, json_output)
         return
-    _print(name, found)
+    _print(name, found, bits=bits)
 
 
 def _limited(hardware: Hardware, *, device_memory: int | None, host_memory: int | None) -> Hardware:
@@ -71,7 +88,7 @@ def _limited(hardware: Hardware, *, device_memory: int | None, host_memory: int 
     )
 
 
-def _print(name: str, found: Plan) -> None:
+def _print(name: str, found: Plan, *, bits: int | None) -> None:
     resources = {"device": "device_bytes", "host": "host_bytes", "disk": "disk_bytes"}
     if not any(phase.device_bytes for phase in found.phases):
         del resources["device"]
@@ -82,6 +99,7 @@ def _print(name: str, found: Plan) -> None:
         cells = [bytes_text(size) if size else "" for size in sizes]
         table.add_row(phase.name, *cells, f"{phase.flops / 1e12:.3g}" if phase.flops else "", duration(phase.seconds))
     Console(markup=False).print(table)
+    proviso = "" if bits is None else f", and more where a layer stays dense: that has no {bits} bits"
     values = {
         "time in all": duration(found.seconds),
         "passes over the text": found.passes,
@@ -89,7 +107,7 @@ def _print(name: str, found: Plan) -> None:
         if found.groups > 1
         else found.groups,
         "statistics": bytes_text(found.statistics_bytes),
-        "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after",
+        "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after{proviso}",
         "decoding one text": f"at most {found.speedup:.2f} times as fast, the ratio of the bytes that a token reads",
     }
     print_values(values, json_output=False)

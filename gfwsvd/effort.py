@@ -6,6 +6,8 @@ counts as one move where it reads a tensor and writes one, and as a part of it w
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 
@@ -15,6 +17,7 @@ from .ranks import Candidate
 from .statistics import PART_PROBES
 
 NO_SPECTRUM = torch.empty(0)  # of a `Candidate` that is not chosen for
+Ranks = Mapping[str, int | None]  # of layers by name, None of a dense one
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,23 @@ def moves(numbers: float, times: float, itemsize: int = 4) -> Step:
     return Step("move", numbers * itemsize, times)
 
 
-def model_pass(shape: Shape, tokens: int, seq_len: int, *, backward: bool = True, times: float = 1.0) -> list[Step]:
+def model_pass(
+    shape: Shape,
+    tokens: int,
+    seq_len: int,
+    *,
+    backward: bool = True,
+    times: float = 1.0,
+    ranks: Ranks = MappingProxyType({}),
+) -> list[Step]:
     """A forward pass over a batch of `tokens`, and the backward pass to the inputs of all layers; no weight has a
-    gradient."""
+    gradient.
+
+    Args:
+        ranks: of the layers that are two factors.
+    """
     ways = times * (1 + backward)
-    steps = [product(shape.dtype, tokens, d_out, d_in, ways) for d_in, d_out in shape.linears.values()]
+    steps = [step for name in shape.linears for step in _layer(shape, name, tokens, ranks.get(name), ways)]
     steps.append(product(shape.dtype, tokens, shape.vocabulary, shape.hidden, ways))
     # Half of the attention is masked; two products forward, and five backward, which forms the weights again
     attention = shape.blocks * shape.heads * tokens / seq_len / 2 * (7 if backward else 2)
@@ -112,6 +127,26 @@ def model_pass(shape: Shape, tokens: int, seq_len: int, *, backward: bool = True
     steps.append(moves(tokens * shape.widest, share * (7 if backward else 2)))
     # The loss, in float32: predicted rows, softmax, and the way back
     steps.append(moves(tokens * shape.vocabulary, times * 11 * backward))
+    return steps
+
+
+def _layer(shape: Shape, name: str, tokens: int, rank: int | None, times: float) -> list[Step]:
+    """The products of a layer, dense or of two factors."""
+    d_in, d_out = shape.linears[name]
+    widths = (d_in, d_out) if rank is None else (d_in, rank, d_out)
+    return [product(shape.dtype, tokens, after, before, times) for before, after in pairwise(widths)]
+
+
+def costs(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step]:
+    """What it takes beside a pass over batches of `tokens` to see what the error of each layer costs."""
+    steps = []
+    casts = 3 * 0.75 * (shape.itemsize < 4)  # of both outputs and the gradient to float32
+    for name, rank in ranks.items():
+        if rank is not None:
+            for form in (rank, None):
+                steps += _layer(shape, name, tokens, form, times)
+            # Their difference, its product with the gradient, the sum
+            steps.append(moves(tokens * shape.linears[name][1], times * (3.5 + casts)))
     return steps
 
 
@@ -140,13 +175,22 @@ EXCHANGES = 0.5  # of pivots, times the square root of the rows: counted for ran
 
 
 def factorisation(
-    shape: Shape, d_in: int, d_out: int, *, keep: float, sides: tuple[bool, bool], pivoted: bool, heldout: int
+    shape: Shape,
+    d_in: int,
+    d_out: int,
+    *,
+    keep: float,
+    sides: tuple[bool, bool],
+    pivoted: bool,
+    heldout: int,
+    bits: int | None,
 ) -> list[Step]:
     """The new form of a layer, from statistics to factors, in float64; the guard tries one choice of metrics.
 
     Args:
         sides: whether the left and the right metric are full matrices.
         heldout: tokens that the guard judges by, 0 for none.
+        bits: that factors are rounded to, or None for their dtype.
     """
     candidate = Candidate(d_out, d_in, NO_SPECTRUM, pivoted)
     rank, most = candidate.largest_within(int(keep * candidate.dense)), candidate.largest_rank
@@ -170,13 +214,15 @@ def factorisation(
         steps += [product("float64", d_out, d_in, rank), product("float64", heldout, d_out, d_in, 2)]
     if candidate.pivots(rank):
         steps += _pivoting(d_out, d_in, rank)
-    if shape.itemsize < 4:  # what rounding costs, of both forms
+    if bits is not None or shape.itemsize < 4:  # what rounding costs, of both forms
         forms = 1 + candidate.pivots(rank)
         steps += [
             product("float64", d_out, d_in, rank, 2 * forms),
             product("float64", d_out, d_out, d_in, forms * sides[0]),
         ]
         steps.append(product("float64", d_out, d_in, d_in, forms * sides[1]))
+        if bits is not None:  # magnitudes, steps and their rounding
+            steps.append(moves(rank * (d_in + d_out), 6 * forms, 8))
     return steps
 
 

@@ -1,12 +1,19 @@
 """How much memory and disk a compression takes, counted from the code as `effort.py` counts its steps."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from .calibration import HELDOUT_SHARE
-from .effort import NO_SPECTRUM, Shape
+from .effort import NO_SPECTRUM, Ranks, Shape
+from .layers import LowRankLinear
 from .methods import method_named
+from .quantise import check_bits
 from .ranks import Candidate, check_keep, check_storage
+from .refine import ROUND_TOKENS, check_rounds
 from .statistics import HELDOUT_TOKENS
 
 
@@ -22,6 +29,8 @@ class Settings:
     sweeps: int = 1
     method: str = "gfwsvd"
     storage: str = "pivoted"
+    bits: int | None = None
+    rounds: int = 0
 
     @property
     def batch_tokens(self) -> int:
@@ -38,6 +47,11 @@ class Settings:
         return self.heldout and self.heldout * min(self.seq_len, max(1, HELDOUT_TOKENS // self.heldout))
 
     @property
+    def round_batches(self) -> float:
+        """Batches that the loss is measured on before and after each round, the last of the text perhaps not full."""
+        return min(math.ceil(ROUND_TOKENS / self.batch_tokens), self.sequences * self.seq_len / self.batch_tokens)
+
+    @property
     def sides(self) -> tuple[bool, bool]:
         """Whether the left and the right metric of the method are full matrices."""
         left, right = method_named(self.method).matrices
@@ -45,15 +59,49 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """GfwsvdError for a share, method or storage that `compress` would not take."""
+    """GfwsvdError for a share, method, storage, bits or rounds that `compress` would not take."""
     check_keep(settings.keep)
-    method_named(settings.method)
     check_storage(settings.storage)
+    check_bits(settings.bits)
+    check_rounds(settings.rounds, "global", method_named(settings.method))
 
 
-def stored_numbers(shape: Shape, settings: Settings) -> int:
-    """Numbers that the compressed layers store."""
-    return int(settings.keep * shape.dense)
+def uniform_ranks(shape: Shape, settings: Settings) -> Ranks:
+    """The rank of each layer at the same share; None where it stays dense, for none stores less."""
+    pivoted = settings.storage == "pivoted"
+    ranks = {}
+    for name, (d_in, d_out) in shape.linears.items():
+        candidate = Candidate(d_out, d_in, NO_SPECTRUM, pivoted)
+        ranks[name] = candidate.largest_within(int(settings.keep * candidate.dense)) if settings.keep < 1 else 0
+    return {name: rank or None for name, rank in ranks.items()}
+
+
+def saved_bytes(shape: Shape, settings: Settings) -> int:
+    """Bytes by which the compressed layers are smaller than the dense ones, as they are stored at uniform ranks."""
+    pivoted = settings.storage == "pivoted"
+    saved = 0
+    for name, rank in uniform_ranks(shape, settings).items():
+        if rank is not None:
+            d_in, d_out = shape.linears[name]
+            form = Candidate(d_out, d_in, NO_SPECTRUM, pivoted).pivots(rank), settings.bits
+            saved += d_in * d_out * shape.itemsize - _layer_bytes(d_in, d_out, rank, *form, shape.dtype)
+    return saved
+
+
+def round_bytes(shape: Shape, settings: Settings) -> int:
+    """Device memory of a round beside the model: all low-rank layers as two factors, a batch, and for the widest layer
+    both outputs, their difference and its product with the gradient in float32."""
+    ranks = uniform_ranks(shape, settings).items()
+    layers = sum(_layer_bytes(*shape.linears[name], rank, False, None, shape.dtype) for name, rank in ranks if rank)
+    return layers + activation_bytes(shape, settings) + 4 * 4 * settings.batch_tokens * shape.widest
+
+
+@cache
+def _layer_bytes(d_in: int, d_out: int, rank: int, pivoted: bool, bits: int | None, dtype: str) -> int:
+    """Of a low-rank layer without bias."""
+    kind = getattr(torch, dtype)
+    layer = LowRankLinear(d_in, d_out, rank, pivoted=pivoted, bits=bits, bias=False, device="meta", dtype=kind)
+    return sum(tensor.nbytes for tensor in layer.state_dict().values())
 
 
 def activation_bytes(shape: Shape, settings: Settings) -> int:

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .budget import bytes_text, layer_groups, statistics_bytes
-from .effort import Shape, Step, collection, factorisation, flops, model_pass, seconds
+from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds
 from .errors import GfwsvdError
 from .footprint import (
     Settings,
     activation_bytes,
     check_settings,
     factor_bytes,
+    round_bytes,
+    saved_bytes,
     statistics_on_disk,
-    stored_numbers,
+    uniform_ranks,
     workspace_bytes,
 )
 from .hardware import Hardware
@@ -52,9 +54,10 @@ class Plan:
     Attributes:
         phases: in order; for `passes`, one for every sweep, which goes over the text once for each group of layers.
         groups: groups that layers are collected in, so that their statistics fit the memory; 0 without calibration.
-        passes: passes over the text in all.
+        passes: passes over the text in all, but for the few batches of rounds.
         statistics_bytes: of the directory of statistics.
-        dense_bytes, output_bytes: of the weights before and after.
+        dense_bytes, output_bytes: of the weights before and after; with bits, of layers that all become low-rank: one
+            that stays dense keeps its dtype.
         speedup: of decoding one text, at most: bytes that a token reads before over those after.
     """
 
@@ -103,17 +106,17 @@ def estimate(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
     """What a model of `shape` takes of `hardware`, whether or not there is so much."""
     groups = _groups(shape, settings, hardware)
     phases = tuple(_phases(shape, settings, hardware, groups))
-    stored = stored_numbers(shape, settings)
-    read = shape.parameters - shape.embedding
+    weights, saved = shape.parameters * shape.itemsize, saved_bytes(shape, settings)
+    read = weights - shape.embedding * shape.itemsize
     return Plan(
         device=hardware.name,
         groups=len(groups),
         passes=settings.sweeps * len(groups),
         phases=phases,
         statistics_bytes=statistics_on_disk(shape, settings, shape.linears) if groups else 0,
-        dense_bytes=shape.parameters * shape.itemsize,
-        output_bytes=(shape.parameters - shape.dense + stored) * shape.itemsize,
-        speedup=read / (read - shape.dense + stored),
+        dense_bytes=weights,
+        output_bytes=weights - saved,
+        speedup=read / (read - saved),
     )
 
 
@@ -171,19 +174,24 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
         yield phase("held-out tokens", _others(shape, settings, len(groups)), **room)
         # Read once more, to be compared with their digests
         yield phase("statistics to disk", **room, read=statistics, written=(settings.sweeps + 1) * statistics)
-    pivoted, heldout = settings.storage == "pivoted", settings.heldout_tokens if groups else 0
-    solved = [
-        factorisation(shape, *sizes, keep=settings.keep, sides=settings.sides, pivoted=pivoted, heldout=heldout)
-        for sizes in shape.linears.values()
-    ]
-    smaller = weights - (shape.dense - stored_numbers(shape, settings)) * shape.itemsize
+    solving: dict[str, Any] = {"keep": settings.keep, "sides": settings.sides, "bits": settings.bits}
+    solving |= {"pivoted": settings.storage == "pivoted", "heldout": settings.heldout_tokens if groups else 0}
+    solved = [factorisation(shape, *sizes, **solving) for sizes in shape.linears.values()]
+    smaller = weights - saved_bytes(shape, settings)
     workspace = max(workspace_bytes(*sizes, settings.sides) for sizes in shape.linears.values())
     factors = factor_bytes(shape, settings)
     yield phase(
         "factorisation", itertools.chain(*solved), device=weights + workspace, host=workspace // 4, disk=statistics
     )
     files = statistics + factors
-    yield phase("factors to disk and back", device=weights + smaller, disk=files, read=files, written=factors)
+    yield phase("factors to disk", device=weights, disk=files, written=factors)
+    if settings.rounds:
+        beside = round_bytes(shape, settings)
+        for number in range(settings.rounds + 1):
+            steps = _measured(shape, settings, backward=number < settings.rounds)
+            title = f"loss after {number} of {settings.rounds} rounds"
+            yield phase(title, steps, device=weights + beside, disk=files, read=factors)
+    yield phase("factors from disk", device=weights + smaller, disk=files, read=files)
     yield phase("writing", device=smaller, host=smaller, disk=files + smaller, written=smaller)
 
 
@@ -202,6 +210,15 @@ def _others(shape: Shape, settings: Settings, groups: int) -> list[Step]:
     times = settings.heldout * settings.seq_len / tokens * groups
     first = model_pass(shape, tokens, settings.seq_len, backward=False)
     return first + model_pass(shape, tokens, settings.seq_len, times=times)
+
+
+def _measured(shape: Shape, settings: Settings, *, backward: bool) -> list[Step]:
+    """Two factors for every layer, and the loss of the model with them; with `backward` what errors cost too."""
+    tokens, ranks, times = settings.batch_tokens, uniform_ranks(shape, settings), settings.round_batches
+    # Their part of the largest rank, in the dtype of the model
+    steps = [moves(rank * sum(shape.linears[name]), 2) for name, rank in ranks.items() if rank is not None]
+    steps += model_pass(shape, tokens, settings.seq_len, backward=backward, times=times, ranks=ranks)
+    return steps + costs(shape, tokens, ranks=ranks, times=times * backward)
 
 
 def _rooms(phase: Phase, hardware: Hardware) -> list[tuple[str, int, int]]:
@@ -235,7 +252,7 @@ _LACKING = (
 
 
 def _smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Smaller batches, then shorter sequences, the text as long as before."""
+    """Smaller batches, then shorter sequences, the text as long as before, then no rounds."""
     size, length, sequences = settings.batch_size, settings.seq_len, settings.sequences
     while size > 1:
         size //= 2
@@ -244,3 +261,5 @@ def _smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
         length, sequences = length // 2, sequences * 2
         shorter = replace(settings, batch_size=1, seq_len=length, sequences=sequences)
         yield f"--batch-size 1 --seq-len {length} --sequences {sequences}", shorter
+    if settings.rounds:
+        yield "--rounds 0", replace(settings, rounds=0)

@@ -93,8 +93,8 @@ def refined(
             "track": track,
         }
         try:
-            for name, layer in layers.items():
-                model.set_submodule(name, layer)
+            for name in layers:
+                model.set_submodule(name, layers[name])
             mean, costs = measured(model, linears, layers, few, loss, **measure)
         finally:
             for name in layers:
@@ -104,6 +104,7 @@ def refined(
         losses.append(mean)
         predicted = {name: candidates[name].tails()[layer.rank].item() for name, layer in layers.items()}
         scales = rescaled(scales, costs, predicted)
+        del layers  # before the next ones are built
     return found
 
 

@@ -34,10 +34,10 @@ class GfwsvdVllmConfig(QuantizationConfig):
     def __init__(self, section: Mapping[str, Any]) -> None:
         super().__init__()
         self.entries = checkpoint.parse_section(section)
-        if any(entry.bits for entry in self.entries.values()):
+        if other := {entry.bits for entry in self.entries.values()} - {None, 8}:
             raise GfwsvdError(
-                "vLLM is not taught factors in 8 bits: compress without --bits, or make a dense model with gfwsvd "
-                "convert --merge"
+                f"vLLM is taught factors in 8 bits or in floats, got bits {', '.join(map(str, other))}: compress with "
+                "--bits 8, or make a dense model with gfwsvd convert --merge"
             )
 
     @classmethod
@@ -79,8 +79,9 @@ class GfwsvdVllmConfig(QuantizationConfig):
 class LowRankLinearMethod(LinearMethodBase):
     """Parameters, loading and forward pass of a linear layer of vLLM with a factored shard.
 
-    The parameters have the last names of the checkpoint's tensors, as vLLM looks them up; after loading they are what
-    `MergedLayer.finish` makes of them.
+    The parameters are the tensors of `MergedLayer.room`. vLLM looks them up by the last names of the checkpoint's
+    tensors, so that those are there even where they are empty; after loading they are what `MergedLayer.finish` makes
+    of them.
     """
 
     merged: MergedLayer
@@ -102,19 +103,18 @@ class LowRankLinearMethod(LinearMethodBase):
         first = layer.tp_rank * input_size_per_partition if input_size_per_partition < input_size else 0
         columns = slice(first, first + input_size_per_partition)
         self.merged = MergedLayer(self.entries, outputs, d_in=input_size, columns=columns, bias=layer.has_bias)
-        for leaf, size in self.merged.sizes.items():
-            data = torch.empty(size, dtype=torch.int32 if leaf == "order" else params_dtype)
-            if leaf == "weight":
-                data = data.view(-1, input_size_per_partition)
-            parameter = nn.Parameter(data, requires_grad=False) if size else None
-            layer.register_parameter(leaf, parameter)
-            if parameter is not None:
-                set_weight_attrs(parameter, {"weight_loader": partial(self._load, leaf)})
+        for name, data in self.merged.room(params_dtype).items():
+            parameter = nn.Parameter(data, requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, {"weight_loader": partial(self._load, layer, name)})
         if layer.has_bias:  # which vLLM makes and loads itself, without noticing when it does not come
             layer.weight_loader = partial(self._load_bias, layer.weight_loader)
 
-    def _load(self, leaf: str, parameter: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
-        self.merged.load(self._position(shard_id), leaf, loaded, into=parameter.data)
+    def _load(self, layer: Any, leaf: str, _: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
+        self.merged.load(self._position(shard_id), leaf, loaded, into=self._tensors(layer))
+
+    def _tensors(self, layer: Any) -> dict[str, Tensor]:
+        return {name: getattr(layer, name).data for name in self.merged.sizes}
 
     def _load_bias(self, load: Callable[..., None], parameter: nn.Parameter, loaded: Tensor, *shard_id: Any) -> None:
         load(parameter, loaded, *shard_id)
@@ -131,13 +131,11 @@ class LowRankLinearMethod(LinearMethodBase):
         return position
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        up, order = self.merged.finish(layer.up.data, None if layer.order is None else layer.order.data)
-        layer.up.data = up
-        if order is not None:
-            layer.order.data = order
+        for name, tensor in self.merged.finish(self._tensors(layer)).items():
+            getattr(layer, name).data = tensor
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.merged.forward(x, layer.weight, layer.up, layer.order, bias)
+        return self.merged.forward(x, {name: getattr(layer, name) for name in self.merged.sizes}, bias)
 
 
 def _outputs(layer: Any, sizes: list[int], output_size: int) -> list[tuple[int, Tensor]]:

@@ -7,10 +7,13 @@ own, or is dense:
     u_i = up_i z_i      for each shard with two factors
     y_i = z_i if shard i is dense, u_i if low-rank, [z_i u_i] in its order if pivoted: one gather for all shards
 
+The factors of a shard in eight bits (`quantise.py`) are whole numbers, which lie in tensors of their own; then
+two products make z, and z_i and what up_i takes are brought to scale as `LowRankLinear` does.
+
 Tensor parallelism. Where the inputs are split, a process has its columns of `weight` and all of up, and the y of the
 processes are to be added. Where the outputs are split, it has all of the down factors, since every output takes the
 whole of z, and the rows of up for its own outputs; those of them that are pivots it finds in z. So ranks need not be
-divisible, but one of the two factors is held by every process.
+divisible, but one of the two factors is held by every process, and so are all scales, which belong to ranks.
 """
 
 import math
@@ -24,6 +27,9 @@ from torch import Tensor
 from .checkpoint import Entry
 from .errors import GfwsvdError
 from .layers import check_order
+from .quantise import UNIT, check_scales
+
+WHOLE = "_whole"  # ends the name of a tensor of whole numbers
 
 
 class Shard:
@@ -34,7 +40,7 @@ class Shard:
         shapes: of the whole tensors in the checkpoint, by their last name.
         kept: of what this process loads of them. Of a pivoted shard that is all of up and order: which rows are those
             of its own outputs can be told only when order has come.
-        starts: where this begins in the merged layer's tensor of that name.
+        places: in which of the merged layer's tensors this is, and where it begins there.
         loaded: last names of the tensors that came.
     """
 
@@ -42,23 +48,27 @@ class Shard:
         self.name, self.entry, self.own = name, entry, own
         self.shapes = entry.shapes(d_out, d_in) | ({"bias": (d_out,)} if bias else {})
         self.kept = entry.shapes(d_out if entry.pivoted else len(own), columns)
-        self.starts: dict[str, int] = {}
+        self.places: dict[str, tuple[str, int]] = {}
         self.loaded: set[str] = set()
 
-    def view(self, leaf: str, tensor: Tensor) -> Tensor:
-        """The shard's part of the merged layer's tensor."""
-        start = self.starts[leaf]
-        return tensor.view(-1)[start : start + math.prod(self.kept[leaf])].view(self.kept[leaf])
+    def tensor(self, leaf: str) -> str:
+        """The name of the merged layer's tensor that has a tensor of the shard in it."""
+        return leaf + WHOLE if leaf in ("weight", "up") and self.entry.bits else leaf
+
+    def view(self, leaf: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The shard's part of the merged layer's tensors."""
+        name, start = self.places[leaf]
+        return tensors[name].view(-1)[start : start + math.prod(self.kept[leaf])].view(self.kept[leaf])
 
 
 class MergedLayer:
     """The shards of a merged layer and what this process computes of it.
 
-    Its tensors are `weight` (rows of all shards, columns), and flat `up` and `order`, the shards' tensors one after the
-    other.
+    Its tensors are `weight` (rows of all shards, columns), and flat `up`, `order` and `scales`, the shards' tensors one
+    after the other; those of int8 factors are in `weight_whole` and `up_whole` instead.
 
     Attributes:
-        sizes: elements of `weight`, `up` and `order`.
+        sizes: elements of each of these tensors.
     """
 
     def __init__(
@@ -91,21 +101,30 @@ class MergedLayer:
                 "known; compress the model anew with these layers excluded"
             )
         self.columns = columns
-        self.sizes = {"weight": 0, "up": 0, "order": 0}
+        self.sizes = dict.fromkeys(("weight", "up", "weight" + WHOLE, "up" + WHOLE, "order", "scales"), 0)
         self.shards, width = [], columns.stop - columns.start
         for (name, entry), (d_out, own) in zip(entries.items(), outputs, strict=True):
             self.shards.append(shard := Shard(name, entry, d_out, own, d_in, width, bias))
             for leaf, shape in shard.kept.items():
-                shard.starts[leaf] = self.sizes[leaf]
-                self.sizes[leaf] += math.prod(shape)
+                tensor = shard.tensor(leaf)
+                shard.places[leaf] = tensor, self.sizes[tensor]
+                self.sizes[tensor] += math.prod(shape)
         self.pivoted = any(shard.entry.pivoted for shard in self.shards)
 
+    def room(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors to load into, on the default device; all but whole numbers and orders are of `dtype`."""
+        dtypes = {"order": torch.int32, "weight" + WHOLE: torch.int8, "up" + WHOLE: torch.int8}
+        room = {name: torch.empty(size, dtype=dtypes.get(name, dtype)) for name, size in self.sizes.items()}
+        width = self.columns.stop - self.columns.start
+        return {name: data.view(-1, width) if name.startswith("weight") else data for name, data in room.items()}
+
     @torch.no_grad()
-    def load(self, position: int, leaf: str, whole: Tensor, *, into: Tensor) -> None:
-        """Copy what this process needs of a tensor of the checkpoint into the merged layer's tensor of that name.
+    def load(self, position: int, leaf: str, whole: Tensor, *, into: Mapping[str, Tensor]) -> None:
+        """Copy what this process needs of a tensor of the checkpoint into the merged layer's tensors.
 
         Raises:
-            GfwsvdError: when it has another shape than the checkpoint's configuration says.
+            GfwsvdError: when it has another shape than the checkpoint's configuration says, or whole numbers where it
+                says others, or the other way round.
         """
         shard = self.shards[position]
         if (expected := shard.shapes.get(leaf)) != tuple(whole.shape):
@@ -113,50 +132,76 @@ class MergedLayer:
                 f"{shard.name}.{leaf} should be {expected or 'absent'} by config.json, got {tuple(whole.shape)}; the "
                 "files are not of one checkpoint, or the engine stores this kind of layer otherwise"
             )
+        part = shard.view(leaf, into)
+        if whole.dtype != part.dtype and not (whole.is_floating_point() and part.is_floating_point()):
+            raise GfwsvdError(
+                f"{shard.name}.{leaf} should be {part.dtype} by config.json, got {whole.dtype}; the files are not of "
+                "one checkpoint"
+            )
         if leaf == "up" and not shard.entry.pivoted or shard.entry.rank is None:
             whole = whole[shard.own]
-        shard.view(leaf, into).copy_(whole[:, self.columns] if leaf == "weight" else whole)
+        part.copy_(whole[:, self.columns] if leaf == "weight" else whole)
         shard.loaded.add(leaf)
 
     @torch.no_grad()
-    def finish(self, up: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """After loading: `up` with its own rows alone, and where in `[z_i, u_i for each i]`, of which dense shards have
-        no u and low-rank ones no z, each output stands, (N,) int32.
+    def finish(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """After loading: the up factors with their own rows alone, and where in `[z_i, u_i for each i]`, of which dense
+        shards have no u and low-rank ones no z, each output stands, `order` (N,) int32 where a shard is pivoted.
 
         Raises:
-            GfwsvdError: when a tensor has not come, or an order does not hold each output once.
+            GfwsvdError: when a tensor has not come, an order does not hold each output once, or a scale is none.
         """
         if missing := [f"{s.name}.{leaf}" for s in self.shards for leaf in s.shapes if leaf not in s.loaded]:
             raise GfwsvdError(f"missing from the checkpoint: {', '.join(missing)}; copy the folder again, all files")
-        if order is None:
-            return up, None
-        ups, orders, filled, width = [], [], 0, 0
         for shard in self.shards:
-            rows = shard.view("up", up) if "up" in shard.starts else up[:0]
+            if "scales" in shard.places:
+                check_scales(shard.name, shard.view("scales", tensors))
+        if not self.pivoted:
+            return dict(tensors)
+        ups: dict[str, list[Tensor]] = {name: [tensors[name][:0]] for name in ("up", "up" + WHOLE)}
+        orders, width = [], 0
+        for shard in self.shards:
             places, columns = torch.arange(len(shard.own), dtype=torch.int32, device="cpu"), len(shard.own)
-            if shard.entry.pivoted:
-                check_order(shard.name, whole := shard.view("order", order).cpu())
-                rank, places = rows.shape[1], whole[shard.own]
-                rest = places >= rank
-                rows = rows.index_select(0, (places[rest] - rank).to(up.device))
-                places[rest] = torch.arange(rank, rank + len(rows), dtype=torch.int32, device="cpu")
-                columns = rank + len(rows)
-            shard.kept["up"], shard.starts["up"] = tuple(rows.shape), filled
-            ups.append(rows.reshape(-1))
+            if "up" in shard.places:
+                rows = shard.view("up", tensors)
+                if shard.entry.pivoted:
+                    check_order(shard.name, whole := shard.view("order", tensors).cpu())
+                    rank, places = rows.shape[1], whole[shard.own]
+                    rest = places >= rank
+                    rows = rows.index_select(0, (places[rest] - rank).to(rows.device))
+                    places[rest] = torch.arange(rank, rank + len(rows), dtype=torch.int32, device="cpu")
+                    columns = rank + len(rows)
+                name = shard.tensor("up")
+                shard.kept["up"] = tuple(rows.shape)
+                shard.places["up"] = name, sum(len(part) for part in ups[name])
+                ups[name].append(rows.reshape(-1))
             orders.append(places + width)
-            filled, width = filled + rows.numel(), width + columns
-        return torch.cat(ups), torch.cat(orders).to(order.device)
+            width += columns
+        made = {name: torch.cat(parts) for name, parts in ups.items()}
+        return {**tensors, **made, "order": torch.cat(orders).to(tensors["order"].device)}
 
-    def forward(self, x: Tensor, weight: Tensor, up: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """y (..., N of all shards) of this process, from its inputs x (..., columns) and the finished tensors."""
-        parts = []
-        z = F.linear(x, weight).split([shard.kept["weight"][0] for shard in self.shards], -1)
-        for shard, z_i in zip(self.shards, z, strict=True):
+        z, parts = {}, []
+        if self.sizes["weight"]:
+            z["weight"] = F.linear(x, tensors["weight"])
+        if self.sizes["weight" + WHOLE]:
+            unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
+            z["weight" + WHOLE] = F.linear(x, tensors["weight" + WHOLE] * unit)
+        for shard in self.shards:
+            tensor, start = shard.places["weight"]
+            rows, columns = shard.kept["weight"]
+            z_i = to_up = z[tensor].narrow(-1, start // columns, rows)
+            if shard.entry.bits:
+                down_scale, up_scale = shard.view("scales", tensors)
+                z_i = z_i * down_scale
+                to_up = z_i * up_scale
             if shard.entry.kind != "lowrank":
                 parts.append(z_i)
             if shard.entry.kind != "dense":
-                parts.append(F.linear(z_i, shard.view("up", up)))
+                up = shard.view("up", tensors)
+                parts.append(F.linear(to_up, up * unit if shard.entry.bits else up))
         y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        if order is not None:
-            y = y.index_select(-1, order)
+        if self.pivoted:
+            y = y.index_select(-1, tensors["order"])
         return y if bias is None else y + bias

@@ -48,7 +48,7 @@ LAYERS = {
     "gfwsvd.outcome": 4,
     "gfwsvd.solve": 4,
     "gfwsvd.spread": 4,
-    "gfwsvd.refine": 4,
+    "gfwsvd.refine": 3,
     "gfwsvd.compress": 4,
     "gfwsvd.fuse": 4,
     "gfwsvd.checkpoint": 4,

@@ -11,16 +11,18 @@ from typer.testing import CliRunner
 
 from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained, save_statistics
 from gfwsvd import hardware as hardware_module
-from gfwsvd.calibration import _bytes_in_use
+from gfwsvd.calibration import _bytes_in_use, silent
 from gfwsvd.cli import app
 from gfwsvd.cli_plan import duration
 from gfwsvd.effort import flops, model_pass
-from gfwsvd.footprint import Settings, activation_bytes
+from gfwsvd.footprint import Settings, activation_bytes, round_bytes, uniform_ranks
 from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
-from gfwsvd.layers import find_linears, weight_shape
+from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.losses import next_token_loss
 from gfwsvd.plan import estimate, plan
+from gfwsvd.ranks import Candidate
+from gfwsvd.refine import refined
 from gfwsvd.skeleton import model_shape, shape_of
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
 
@@ -38,6 +40,7 @@ MACHINE = Hardware(
     host_memory=GIB,
     disk=GIB,
 )
+CURVES = {**MACHINE.curves, "matmul bfloat16": MACHINE.curves["matmul float32"]}
 GPU = replace(MACHINE, device="cuda")
 SETTINGS = Settings(sequences=16, seq_len=16, batch_size=4)
 
@@ -114,6 +117,32 @@ def test_the_size_of_the_output_is_what_compress_writes(storage, tmp_path):
     assert planned.dense_bytes == 4 * report.model_dense
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("keep", [1, 0.6, 0.1])
+def test_of_uniform_ranks_the_bytes_and_the_speed_up_are_exact(keep, bits, dtype):
+    settings = replace(SETTINGS, keep=keep, method="svd", storage="factors", bits=bits)
+    model = tiny_model("llama").to(dtype)
+    planned = plan(shape_of(model), settings, replace(MACHINE, curves=CURVES))
+    embedding = model.get_input_embeddings().weight.nbytes
+    report = compress(model, method="svd", keep=keep, ranks="uniform", rank_multiple=1, storage="factors", bits=bits)
+    assert (planned.dense_bytes, planned.output_bytes) == (report.model_dense_bytes, report.model_bytes)
+    read = report.model_dense_bytes - embedding, report.model_bytes - embedding
+    assert planned.speedup == pytest.approx(read[0] / read[1], rel=1e-12)
+
+
+def test_the_bytes_of_pivoted_layers_count_their_orders():
+    settings = replace(SETTINGS, keep=0.7, method="svd", bits=None)
+    model = tiny_model("llama")
+    planned = plan(shape_of(model), settings, MACHINE)
+    report = compress(model, method="svd", keep=0.7, ranks="uniform", rank_multiple=1)
+    assert {layer.kind for layer in report.layers} == {"pivoted"}
+    assert planned.output_bytes == report.model_bytes
+    halved = plan(shape_of(tiny_model("llama").bfloat16()), settings, replace(MACHINE, curves=CURVES))
+    orders = 4 * sum(layer.d_out for layer in report.layers)
+    assert 2 * (halved.output_bytes - orders) == planned.output_bytes - orders
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_size_of_the_statistics_is_that_of_their_directory(kind, tmp_path):
     model = tiny_model(kind)
@@ -160,13 +189,70 @@ def test_time_and_operations_grow_as_the_work_does():
     )
 
 
-def test_the_speed_up_is_the_ratio_of_the_bytes_that_a_token_reads():
+def test_a_token_reads_all_of_an_embedding_that_is_the_head_too():
+    assert shape_of(tiny_model("gpt2")).embedding == 0
     model = tiny_model("llama")
-    shape = shape_of(model)
-    read = shape.parameters - model.get_input_embeddings().weight.numel()
-    planned = plan(shape, replace(SETTINGS, keep=0.5), MACHINE)
-    assert planned.speedup == pytest.approx(read / (read - shape.dense / 2), rel=1e-4)
-    assert shape_of(tiny_model("gpt2")).embedding == 0  # its head reads all of it
+    assert shape_of(model).embedding == model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("seq_len", [16, 300])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
+    settings = replace(SETTINGS, sequences=10, seq_len=seq_len, batch_size=4, keep=0.5, rounds=rounds)
+    model = tiny_model("llama")
+    shape = replace(shape_of(model), heads=0)  # of attention, half is counted
+    ranks = {name: rank for name, rank in uniform_ranks(shape, settings).items() if rank is not None}
+    assert ranks.keys() == shape.linears.keys()
+    linears, sizes, passes = find_linears(model), set(), []
+
+    def build(chosen):
+        layers = {}
+        for name, module in linears.items():
+            up, down = torch.randn(module.out_features, chosen[name]), torch.randn(chosen[name], module.in_features)
+            layers[name] = LowRankLinear.from_factors(up / 100, down)
+        sizes.add(sum(tensor.nbytes for layer in layers.values() for tensor in layer.parameters()))
+        return layers
+
+    def loss(model, batch):
+        passes.append(batch["input_ids"].numel())
+        return next_token_loss("empirical", 0)(model, batch)
+
+    candidates = {name: Candidate(*weight_shape(module), torch.ones(64)) for name, module in linears.items()}
+    with FlopCounterMode(display=False) as counter:
+        refined(
+            model,
+            linears,
+            candidates,
+            batches(settings),
+            loss,
+            rounds=rounds,
+            allocate=lambda _: ranks,
+            build=build,
+            track=silent,
+        )
+    counted = counter.get_flop_counts()["Global"]
+    measured = [phase for phase in plan(shape, settings, MACHINE).phases if phase.name.startswith("loss after")]
+    assert len(measured) == rounds + 1
+    products = sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert sum(phase.flops for phase in measured) == pytest.approx(products, rel=1e-12)
+    assert sum(passes) == (rounds + 1) * settings.round_batches * settings.batch_tokens
+    beside = activation_bytes(shape, settings) + 16 * settings.batch_tokens * shape.widest
+    assert {round_bytes(shape, settings) - beside} == sizes
+
+
+def test_a_model_that_is_not_twice_in_memory_is_refused_rounds_beforehand():
+    tiny = shape_of(tiny_model("llama"))
+    leaders = {
+        f"{number}.{name}": f"{number}.{leader}" for number in range(20) for name, leader in tiny.leaders.items()
+    }
+    linears = {name: tiny.linears[name.partition(".")[2]] for name in leaders}
+    shape = replace(tiny, linears=linears, leaders=leaders, parameters=tiny.parameters + 19 * tiny.dense)
+    settings = replace(SETTINGS, batch_size=1, rounds=1)
+    room = 4 * shape.parameters + round_bytes(shape, settings) - activation_bytes(shape, settings)
+    with pytest.raises(GfwsvdError, match="loss after 0 of 1 rounds needs .*memory of the device.*: --rounds 0 fits"):
+        plan(shape, settings, replace(GPU, device_memory=room))
+    assert plan(shape, replace(settings, rounds=0), replace(GPU, device_memory=room))
+    assert plan(shape, settings, replace(GPU, device_memory=room + activation_bytes(shape, settings)))
 
 
 def options(message: str) -> dict[str, str]:
@@ -220,9 +306,11 @@ def test_a_full_disk_is_refused_before_the_work():
 
 def test_settings_that_compress_would_not_take_are_refused():
     shape = shape_of(tiny_model("llama"))
-    for wrong in ({"keep": 1.5}, {"method": "magic"}, {"storage": "zip"}):
+    for wrong in ({"keep": 1.5}, {"method": "magic"}, {"storage": "zip"}, {"bits": 3}, {"rounds": -1}):
         with pytest.raises(GfwsvdError, match=next(iter(wrong))):
             plan(shape, replace(SETTINGS, **wrong), MACHINE)
+    with pytest.raises(GfwsvdError, match="of method svd are not: leave out the rounds"):
+        plan(shape, replace(SETTINGS, method="svd", rounds=1), MACHINE)
 
 
 def test_what_is_no_dense_model_is_refused(tmp_path):
@@ -288,6 +376,9 @@ def test_the_command_prints_a_table_or_json_and_refuses_early(skeletons, monkeyp
     assert found == {"model": "llama", **expected.to_json()} and found["seconds"] == pytest.approx(expected.seconds)
     shown = run(skeletons / "llama", *sizes).stdout
     assert all(phase.name in shown for phase in expected.phases) and "at most" in shown
+    more = json.loads(run(skeletons / "llama", *sizes, "--bits", 8, "--rounds", 2, "--json").stdout.splitlines()[-1])
+    asked = replace(SETTINGS, bits=8, rounds=2)
+    assert more == {"model": "llama", **plan(model_shape(str(skeletons / "llama"))[0], asked, MACHINE).to_json()}
     refused = run(skeletons / "llama", *sizes, "--host-memory", "1M", status=1)
     assert "calibration sweep 1 needs" in refused.stderr
     assert "expected an amount" in run(skeletons / "llama", "--host-memory", "much", status=1).stderr

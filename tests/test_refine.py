@@ -1,6 +1,7 @@
 """Ranks by the loss of the compressed model: what errors cost, against derivatives in float64; never a worse loss."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
 from gfwsvd.losses import next_token_loss
-from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, measured, rescaled
+from gfwsvd.ranks import Candidate
+from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, measured, refined, rescaled
 from tiny_models import random_tokens, tiny_model
 
 BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]
@@ -136,6 +138,27 @@ def test_only_as_many_batches_are_read_as_a_round_needs(statistics):
     batches = [{"input_ids": random_tokens(2, ROUND_TOKENS // 128)}] * 100
     compress(tiny_model("llama"), batches, keep=0.5, statistics=statistics, loss=loss, rounds=1)
     assert len(seen) == 2 * 64
+
+
+def test_the_layers_of_a_round_are_gone_before_the_next_are_built():
+    model = tiny_model("llama")
+    linears, made = find_linears(model), []
+    candidates = {}
+    for name, module in linears.items():
+        spectrum = torch.linalg.svdvals(dense_weight(module).detach())
+        candidates[name] = Candidate(*dense_weight(module).shape, spectrum)
+
+    def build(ranks):
+        assert not any(layer() for layer in made)
+        layers = cut(model, ranks[NAMES[0]])
+        made.extend(map(weakref.ref, layers.values()))
+        return layers
+
+    ranks = dict.fromkeys(NAMES, 8)
+    found = refined(
+        model, linears, candidates, BATCHES, LOSS, rounds=2, allocate=lambda _: ranks, build=build, track=silent
+    )
+    assert len(made) == 3 * len(NAMES) and len(found.losses) == 3
 
 
 @pytest.mark.parametrize(

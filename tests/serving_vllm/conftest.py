@@ -19,16 +19,21 @@ from pathlib import Path
 
 import pytest
 
+from gfwsvd.convert import in_eight_bits
 from served_models import save_compressed
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, smollm2) -> Callable[[str], Path]:
-    """The folder of a compressed model: one of `TINY`, or "smollm2"."""
+    """The folder of a compressed model: one of `TINY`, or "smollm2"; with "-8" after it in eight bits."""
     root = tmp_path_factory.mktemp("served")
 
     def folder(kind: str) -> Path:
-        if not (root / kind).exists():
+        if (root / kind).exists():
+            return root / kind
+        if (plain := kind.removesuffix("-8")) != kind:
+            in_eight_bits(str(folder(plain)), root / kind)
+        else:
             save_compressed(kind, root / kind, smollm2)
         return root / kind
 

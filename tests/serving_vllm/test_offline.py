@@ -11,7 +11,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-from gfwsvd import GfwsvdError, serving_vllm
+from gfwsvd import GfwsvdError, checkpoint, serving_vllm
+from gfwsvd.checkpoint import Entry
 from served_models import greedy
 
 TOKENS = 24
@@ -45,8 +46,13 @@ def answers(llm, prompts):
         ("qwen2", {"enforce_eager": True, "tensor_parallel_size": 2}),
         ("phi3", {"enforce_eager": True, "tensor_parallel_size": 2}),
         ("smollm2", {"enforce_eager": True}),
+        ("llama-8", {"enforce_eager": True}),
+        ("qwen2-8", {}),
+        ("qwen2-8", {"enforce_eager": True, "tensor_parallel_size": 2}),
+        ("phi3-8", {"enforce_eager": True, "tensor_parallel_size": 2}),
+        ("smollm2-8", {"enforce_eager": True}),
     ],
-    ids=["llama", "qwen2", "qwen2-compiled", "qwen2-two-processes", "phi3-two-processes", "smollm2"],
+    ids=lambda value: "-".join(map(str, value)) or "compiled" if isinstance(value, dict) else value,
 )
 def test_vllm_goes_on_as_transformers_does(served, engine, kind, options):
     folder = served(kind)
@@ -74,13 +80,42 @@ def test_a_missing_factor_is_named_before_anything_is_loaded(served, engine, tmp
         engine(folder, enforce_eager=True)
 
 
-@pytest.mark.parametrize("tensor", ["q_proj.weight", "k_proj.order", "v_proj.weight", "q_proj.bias", "o_proj.up"])
-def test_a_tensor_that_does_not_come_is_named(served, engine, tmp_path, monkeypatch, tensor):
-    # As for a name on the hub, of which nothing can be said before its files are here.
+@pytest.fixture
+def of_the_hub(monkeypatch):
+    """Folders are as names on the hub, of which nothing can be said before their files are here."""
     monkeypatch.setattr(serving_vllm.GfwsvdVllmConfig, "maybe_update_config", lambda *_, **__: None)
-    folder = without(served("qwen2"), f"{ATTENTION}.{tensor}", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor"),
+    [
+        *(("qwen2", name) for name in ("q_proj.weight", "k_proj.order", "v_proj.weight", "q_proj.bias", "o_proj.up")),
+        *(("qwen2-8", name) for name in ("q_proj.scales", "k_proj.up")),
+    ],
+)
+@pytest.mark.usefixtures("of_the_hub")
+def test_a_tensor_that_does_not_come_is_named(served, engine, tmp_path, kind, tensor):
+    folder = without(served(kind), f"{ATTENTION}.{tensor}", tmp_path / "broken")
     with pytest.raises(GfwsvdError, match=rf"missing from the checkpoint: {ATTENTION}\.{tensor};"):
         engine(folder, enforce_eager=True)
+
+
+@pytest.mark.usefixtures("of_the_hub")
+def test_factors_that_should_be_whole_numbers_are_named_before_they_are_rounded(served, engine, tmp_path):
+    shutil.copytree(served("qwen2-8"), tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors[f"{ATTENTION}.q_proj.up"] = tensors[f"{ATTENTION}.q_proj.up"].float()
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GfwsvdError, match=rf"{ATTENTION}\.q_proj\.up should be torch.int8 by .*, got torch.float32"):
+        engine(tmp_path / "broken", enforce_eager=True)
+
+
+def test_factors_in_other_bits_are_refused(monkeypatch):
+    monkeypatch.setattr(checkpoint, "parse_section", lambda _: {"a": Entry("lowrank", 4, 8), "b": Entry("dense", None)})
+    assert serving_vllm.GfwsvdVllmConfig({}).entries
+    monkeypatch.setattr(checkpoint, "parse_section", lambda _: {"a": Entry("lowrank", 4, 4)})
+    with pytest.raises(GfwsvdError, match="in 8 bits or in floats, got bits 4: "):
+        serving_vllm.GfwsvdVllmConfig({})
 
 
 def test_gpt2_which_vllm_would_transpose_is_refused(served, engine):
