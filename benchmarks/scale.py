@@ -3,12 +3,15 @@
     python -m benchmarks.scale --results FILE                        # 2 layers of Llama-2-7B, 16 x 2048 tokens
     python -m benchmarks.scale --layers 32 --sequences 128 --results FILE
 
-The weights and tokens are random: none of the phases depends on their values but for the guard, which may factor a
-layer up to four times. Passes and factorisation grow with the layers; the head is the same for any number of them.
-Beside what is measured stands what `gfwsvd plan` predicts for the same work on the same machine.
+All that `gfwsvd.compress` does from text to checkpoint: the statistics that its method needs, in memory, ranks,
+factors, new layers, files. The weights and tokens are random: none of the phases depends on their values but for the
+guard, which may factor a layer up to four times. Passes and factorisation grow with the layers; the head is the same
+for any number of them. Beside what is measured stands what `gfwsvd plan` predicts for the same work on the machine.
 """
 
 import argparse
+import itertools
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +24,9 @@ from benchmarks import record
 from benchmarks.random_models import SHAPES, random_model
 from gfwsvd.footprint import Settings
 from gfwsvd.hardware import measure
+from gfwsvd.methods import method_named
 from gfwsvd.plan import estimate
+from gfwsvd.progress import bar
 from gfwsvd.skeleton import shape_of
 
 
@@ -43,25 +48,33 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
     model = random_model(arguments.shape, dtype=dtype, device=arguments.device, layers=arguments.layers)
+    collect = method_named("gfwsvd").needs
     settings = Settings(
         keep=arguments.keep, sequences=arguments.sequences, seq_len=arguments.seq_len, batch_size=arguments.batch,
-        sweeps=arguments.sweeps,
+        sweeps=arguments.sweeps, collect=collect,
     )  # fmt: skip
     predicted = estimate(shape_of(model), settings, measure(arguments.device, dtype))
     ids = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.sequences, arguments.seq_len))
-    statistics = gfwsvd.calibrate(
-        model, [{"input_ids": part} for part in ids.split(arguments.batch)], sweeps=arguments.sweeps
-    )
-    began = time.perf_counter()
-    report = gfwsvd.compress(model, statistics=statistics, keep=arguments.keep, guard=not arguments.no_guard)
+    batches = [{"input_ids": part} for part in ids.split(arguments.batch)]
+    times = [time.perf_counter()]
+    statistics = gfwsvd.calibrate(model, batches, collect=collect, sweeps=arguments.sweeps, track=bar)
+    times.append(time.perf_counter())
+    guard = not arguments.no_guard
+    report = gfwsvd.compress(model, statistics=statistics, keep=arguments.keep, guard=guard, track=bar)
+    times.append(time.perf_counter())
+    with tempfile.TemporaryDirectory() as folder:
+        gfwsvd.save_pretrained(model, Path(folder) / "smaller", report=report)
+    times.append(time.perf_counter())
+    calibration, factorisation, writing = (after - before for before, after in itertools.pairwise(times))
     seconds = {f"calibration sweep {number}": taken for number, taken in enumerate(statistics.seconds, start=1)}
-    seconds["factorisation"] = time.perf_counter() - began
+    seconds["held-out tokens"] = calibration - sum(seconds.values())
+    seconds |= {"factorisation": factorisation, "writing": writing}
     on_gpu = torch.device(arguments.device).type == "cuda"
     expected = {phase.name: phase.seconds for phase in predicted.phases if phase.name in seconds}
     row = {
         "benchmark": "scale", "shape": arguments.shape, "layers": arguments.layers, "sequences": arguments.sequences,
         "seq_len": arguments.seq_len, "batch": arguments.batch, "dtype": arguments.dtype, "keep": arguments.keep,
-        "guard": not arguments.no_guard, "seconds": seconds, "predicted_seconds": expected,
+        "guard": guard, "seconds": seconds, "predicted_seconds": expected,
         "linears": len(report.layers), "dense": report.dense, "stored": report.stored,
         "metrics": {layer.name: layer.metrics for layer in report.layers},
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
@@ -71,6 +84,8 @@ def main() -> None:
     for phase, taken in seconds.items():
         values = taken, taken / arguments.layers, expected[phase], expected[phase] / taken
         table.add_row(phase, *(f"{value:.2f}" for value in values))
+    whole, planned = sum(seconds.values()), sum(expected.values())
+    table.add_row("all", *(f"{value:.2f}" for value in (whole, whole / arguments.layers, planned, planned / whole)))
     Console().print(table)
 
 

@@ -4,7 +4,7 @@ Counted from the code, token by token and layer by layer, with the Fisher inform
 counts as one move where it reads a tensor and writes one, and as a part of it where it only reads.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import torch
 
 from .hardware import Hardware
 from .kronecker import PROBES
+from .methods import GRADIENTS, INPUTS
 from .ranks import Candidate
 from .statistics import PART_PROBES
 
@@ -150,24 +151,29 @@ def costs(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step
     return steps
 
 
-def collection(shape: Shape, tokens: int, *, first: bool, on_cpu: bool, times: float) -> list[Step]:
-    """What the statistics of all layers add to a pass over batches of `tokens`; the first also takes the moments."""
+def collection(
+    shape: Shape, tokens: int, *, collect: Collection[str], first: bool, on_cpu: bool, times: float
+) -> list[Step]:
+    """What the Kronecker factors of all layers add to a pass over batches of `tokens`, and in the first one those
+    moments that are collected."""
     # The norms of the factors, in float64, close the pass
     steps = [moves(width**2 / 2, 9, 8) for sizes in shape.linears.values() for width in sizes]
     dtype = "float32" if on_cpu else shape.dtype  # on a CPU sums and their operands are float32
-    casts = 4 * (shape.itemsize < 4)  # of rows to float32
+    probed = "bfloat16" if dtype == "bfloat16" else "float32"
+    cast = 1.5 * (shape.itemsize < 4)  # of rows to float32
     for name in shape.linears:
-        leads = first and shape.leads(name)
+        inputs = first and INPUTS in collect and shape.leads(name)
+        outputs = first and GRADIENTS in collect
         for width, moved, grams in (
-            (shape.linears[name][0], 5 + casts + (2 + 2 * leads) * first, leads),
-            (shape.linears[name][1], 8 + casts + 2.5 * first, first),
+            (shape.linears[name][0], 3 + (0.5 + cast) * first + 1.5 * inputs, inputs),
+            (shape.linears[name][1], 5 + (0.5 + cast) * first + (1.5 + cast) * outputs, outputs),
         ):
             forms = 0 if first else 1  # the quadratic forms that weigh tokens
             # Triangles, half of a product, of the factor, the moment and the form
             steps.append(product(dtype, width, width, tokens, times * (1 + grams + forms) / 2))
-            steps.append(product("float32", tokens, width, PART_PROBES, times * 2 * (1 + grams)))
+            steps.append(product(probed, tokens, width, PART_PROBES, times * 2 * (1 + grams)))
             steps.append(product("float32", tokens, width, PROBES, times * 2 * first))
-            steps.append(moves(tokens * width, times * moved))
+            steps.append(moves(tokens * width, times * moved, shape.itemsize))
     return steps
 
 

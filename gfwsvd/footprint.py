@@ -10,7 +10,7 @@ import torch
 from .calibration import HELDOUT_SHARE
 from .effort import NO_SPECTRUM, Ranks, Shape
 from .layers import LowRankLinear
-from .methods import method_named
+from .methods import GRADIENTS, INPUTS, KRONECKER, method_named
 from .quantise import check_bits
 from .ranks import Candidate, check_keep, check_storage
 from .refine import ROUND_TOKENS, check_rounds
@@ -19,8 +19,8 @@ from .statistics import HELDOUT_TOKENS
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the work: see `calibrate` and `compress`. All statistics are collected, as `gfwsvd calibrate` does, except for
-    a method that needs none."""
+    """Of the work: see `calibrate` and `compress`. By default all statistics are collected, as `gfwsvd calibrate` does;
+    for a method that needs none, none."""
 
     keep: float = 0.8
     sequences: int = 64
@@ -31,6 +31,7 @@ class Settings:
     storage: str = "pivoted"
     bits: int | None = None
     rounds: int = 0
+    collect: frozenset[str] = frozenset({INPUTS, GRADIENTS, KRONECKER})
 
     @property
     def batch_tokens(self) -> int:
@@ -119,9 +120,13 @@ def statistics_on_disk(shape: Shape, settings: Settings, names: Iterable[str]) -
     total = 0
     for name in names:
         d_in, d_out = shape.linears[name]
-        leads = shape.leads(name)
-        for width, triangles, rows in ((d_in, 1 + leads, leads), (d_out, 2, 1)):
-            total += 4 * triangles * width * (width + 1) // 2 + rows * width * (4 + 2 * settings.heldout_tokens)
+        leads, factors = shape.leads(name), KRONECKER in settings.collect
+        for width, own, moments in (
+            (d_in, leads, leads and INPUTS in settings.collect),
+            (d_out, True, GRADIENTS in settings.collect),
+        ):
+            total += 4 * (factors + moments) * width * (width + 1) // 2
+            total += width * (4 * moments + 2 * own * settings.heldout_tokens)
     return total
 
 

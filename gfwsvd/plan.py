@@ -201,7 +201,8 @@ def _sweeps(shape: Shape, settings: Settings, groups: int, on_cpu: bool) -> Iter
     batches = (settings.sequences - settings.heldout) * settings.seq_len / tokens
     for number in range(settings.sweeps):
         steps = model_pass(shape, tokens, settings.seq_len, times=batches * groups)
-        yield steps + collection(shape, tokens, first=number == 0, on_cpu=on_cpu, times=batches)
+        about: dict[str, Any] = {"collect": settings.collect, "on_cpu": on_cpu, "times": batches}
+        yield steps + collection(shape, tokens, first=number == 0, **about)
 
 
 def _others(shape: Shape, settings: Settings, groups: int) -> list[Step]:

@@ -126,7 +126,8 @@ def _condition(matrix: Tensor, factor: Tensor) -> float:
     big, small = start / start.norm(), start / start.norm()
     for _ in range(_POWER_STEPS):
         big = matrix @ big
-        small = torch.cholesky_solve(small, factor)
+        half = torch.linalg.solve_triangular(factor, small, upper=False)
+        small = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         largest, inverse_smallest = big.norm(), small.norm()
         big, small = big / largest, small / inverse_smallest
     return (largest * inverse_smallest).item()

@@ -139,6 +139,7 @@ def test_the_benchmark_of_scale_holds_its_plan_beside_what_it_measures(tmp_path,
     run(monkeypatch, scale, "--shape", "tiny", *sizes, "--dtype", "float32", "--results", tmp_path / "rows.jsonl")
     (row,) = record.read(tmp_path / "rows.jsonl")
     assert row["seconds"].keys() == row["predicted_seconds"].keys()
-    assert set(row["seconds"]) == {"calibration sweep 1", "calibration sweep 2", "factorisation"}
+    expected = {"calibration sweep 1", "calibration sweep 2", "held-out tokens", "factorisation", "writing"}
+    assert set(row["seconds"]) == expected
     assert all(seconds > 0 for seconds in row["predicted_seconds"].values())
     assert "predicted" in capsys.readouterr().out
