@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from . import __version__
 from .budget import parse_bytes
 from .errors import GfwsvdError
 from .options import DTYPES
+from .outcome import CompressionReport
 from .ranked import joined, rank, shared_errors
 from .work import Work, open_job_work, remove_work
 
@@ -119,6 +121,18 @@ def check_dtype(dtype: str | None) -> None:
     """GfwsvdError unless `dtype` is one of `DTYPES`, or None."""
     if dtype not in (None, *DTYPES):
         raise GfwsvdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def summary(result: CompressionReport, out: Path) -> dict[str, Any]:
+    """What commands that write a compressed model to `out` print of it."""
+    details = result.to_json()
+    return {
+        "out": str(out),
+        **{key: value for key, value in details.items() if key not in ("layers", "provenance")},
+        "kinds": dict(Counter(layer.kind for layer in result.layers)),
+        "predicted_loss": sum(layer.predicted_loss for layer in result.layers) if result.predicts_loss else None,
+        "provenance": details["provenance"],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -77,6 +77,7 @@ LAYERS = {
     "gfwsvd.tune": 5,
     "gfwsvd.cli_app": 5,
     "gfwsvd.cli_make": 5,
+    "gfwsvd.cli_change": 5,
     "gfwsvd.cli_measure": 5,
     "gfwsvd.cli_plan": 5,
     "gfwsvd.cli": 5,

@@ -315,7 +315,7 @@ def test_the_command_goes_on_after_ctrl_c(workspace, tmp_path, monkeypatch):
     options = ("--reference", workspace / "dense", "--sequences", "40")
     command(workspace, *options, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("gfwsvd.cli_make.bar", interrupted(4))
+        patch.setattr("gfwsvd.cli_change.bar", interrupted(4))
         result = command(workspace, *options, "--out", tmp_path / "out", status=130)
     assert "the same command goes on from the last checkpoint in" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tune", "whole"]
