@@ -195,7 +195,7 @@ SKINNY = {
     2: (Tile(4, 2, 512, 2, 1, per_sm=6),),
 }
 # The same for factors in eight bits: eight numbers a thread, since with more 8.0 spills. No GPU has chosen them.
-SKINNY_WHOLE = {1: Tile(2, 1, 1024, 8, 1), 2: Tile(2, 2, 512, 4, 1)}
+SKINNY_WHOLE = {1: Tile(2, 1, 1024, 4, 1), 2: Tile(4, 2, 512, 4, 1)}
 MOST_WASTE = 1.2  # of the places that programs have in their last wave
 
 
