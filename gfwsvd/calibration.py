@@ -26,7 +26,7 @@ from .work import Work
 
 CLIP = 3.0
 HELDOUT_SHARE = 16  # one sequence of so many is held out
-_WORKSPACE = 32 << 20  # bytes of cuBLAS, on a GPU
+_WORKSPACE = 2 * 32 << 20  # bytes of cuBLAS on a GPU, of the thread that runs forward and of the one that runs backward
 _COPIES = 3  # of its largest tensors that a step holds at a time: their gradients, and copies in float32
 
 

@@ -349,13 +349,19 @@ def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
     Raises:
         GfwsvdError: when a file is missing or its bytes are not the recorded ones.
     """
+    for name, digest in digests_of(folder / name for name in digests).items():
+        if digest != digests[name]:
+            raise GfwsvdError(
+                f"{folder / name} is not the file that was written there: its SHA-256 digest is {digest}, recorded "
+                f"is {digests[name]}; copy it again or write it anew"
+            )
+
+
+def digests_of(files: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 digests of files by their names, a few at a time; GfwsvdError for one that cannot be read."""
+    files = list(files)
     with ThreadPoolExecutor(max_workers=4) as pool:  # reading and hashing let go of the interpreter lock
-        for name, digest in zip(digests, pool.map(lambda name: _digest(folder / name), digests), strict=True):
-            if digest != digests[name]:
-                raise GfwsvdError(
-                    f"{folder / name} is not the file that was written there: its SHA-256 digest is {digest}, recorded "
-                    f"is {digests[name]}; copy it again or write it anew"
-                )
+        return dict(zip((file.name for file in files), pool.map(_digest, files), strict=True))
 
 
 def _digest(file: Path) -> str:

@@ -23,7 +23,7 @@ from . import checkpoint
 from .card import model_card
 from .checkpoint import inspect as inspect
 from .errors import GfwsvdError
-from .folders import atomic_folder, check_digests, read_headers, sealed, sha256_file, write_json
+from .folders import atomic_folder, check_digests, digests_of, read_headers, sealed, write_json
 from .layers import LowRankLinear, check_order, is_linear, weight_shape
 from .quantise import check_scales
 from .ranked import rank
@@ -177,8 +177,7 @@ def save_pretrained(
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = checkpoint.checkpoint_files(folder)
         checkpoint.check_layers(checkpoint.parse_section(section), read_headers(files))
-        digests = {file.name: sha256_file(file) for file in files}
-        manifest = {"format_version": section["format_version"], "sha256": digests, "report": details}
+        manifest = {"format_version": section["format_version"], "sha256": digests_of(files), "report": details}
         write_json(folder / checkpoint.MANIFEST, sealed(manifest))
 
 

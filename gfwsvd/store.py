@@ -19,10 +19,10 @@ from .folders import (
     atomic_folder,
     check_digests,
     check_seal,
+    digests_of,
     read_headers,
     read_json,
     sealed,
-    sha256_file,
     write_json,
 )
 from .host import to_host
@@ -55,19 +55,19 @@ def save_statistics(
     """
     shards = list(_shards(statistics.layers))
     with atomic_folder(directory, overwrite=overwrite, marker=JSON_NAME) as folder:
-        digests: dict[str, str] = {}
+        files: list[Path] = []
         layers: dict[str, Any] = {}
         for number, names in enumerate(shards, start=1):
             file = folder / f"statistics-{number:05}-of-{len(shards):05}.safetensors"
             entries = _write_shard(file, {name: statistics.layers[name] for name in names})
-            digests[file.name] = sha256_file(file)
+            files.append(file)
             layers |= {name: {**entry, "file": file.name} for name, entry in entries.items()}
         described = {
             "statistics_version": STATISTICS_VERSION,
             "collected": sorted(statistics.collected),
             **{name: getattr(statistics, name) for name in _PLAIN},
             "provenance": dict(provenance or {}),
-            "sha256": digests,
+            "sha256": digests_of(files),
             "layers": layers,
         }
         write_json(folder / JSON_NAME, sealed(described))

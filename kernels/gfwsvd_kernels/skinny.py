@@ -42,18 +42,6 @@ def weights(weight_ptr, offs_o, mask_o, i, width, pitch, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def numbers(weight):
-    """Weights as float32. Whole ones (int8) stand in the last bits of 2^23 + 128 + weight: the unit that converts whole
-    numbers is slower than memory."""
-    if weight.dtype == tl.int8:
-        bits = (weight.to(tl.uint8, bitcast=True) ^ 128).to(tl.uint32) | 0x4B000000
-        found = bits.to(tl.float32, bitcast=True) - 8388736.0
-    else:
-        found = weight.to(tl.float32)
-    return found
-
-
-@triton.jit
 def row_products(
     x_ptr, scale_ptr, weight_ptr, offs_o, mask_o, num_tokens, width, pitch, stride_x,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, SCALED: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -78,7 +66,7 @@ def row_products(
             x = x.to(tl.float32)
             if SCALED:
                 x *= load_scales(scale_ptr, offs_i, offs_i < width)
-            added += (sums[t] + numbers(weight) * x[None, :],)  # type: ignore[assignment]
+            added += (sums[t] + weight.to(tl.float32) * x[None, :],)  # type: ignore[assignment]
         sums = added
         weight = next_weight
         next_weight = after_next
@@ -238,7 +226,7 @@ def skinny(
     flags["DEPENDENT"] = dependent
 
     def options(rows: int) -> dict[str, int | bool]:
-        whole = None if scales is None else tiles.SKINNY_WHOLE[num_tokens]
+        whole = None if scales is None else tiles.SKINNY_WHOLE[target.arch][num_tokens]
         chosen = tile or whole or tiles.skinny_tile(target, x.dtype, num_tokens, rows)
         blocks = {"BLOCK_T": chosen.cols, "BLOCK_O": chosen.rows, "BLOCK_I": chosen.depth}
         return flags | blocks | chosen.options() | ({"launch_pdl": True} if dependent else {})
