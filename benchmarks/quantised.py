@@ -7,8 +7,10 @@ size, not the speed. Eight bits have one scale (bfloat16) a row of a dense weigh
 one a column of `up`, as `gfwsvd compress --bits 8` stores them. Four bits have a scale (float16) for each 64
 numbers of a row; of two factors the columns of `up` are first brought to one size, which the rows of `down` take over.
 4+8 has four bits in `down`, and in dense weights, and eight in `up`. All symmetric, by the largest magnitude, without
-calibration. Bytes are those of the linear layers; 16-bit rows are bfloat16. Rows that FILE holds are not computed
-again.
+calibration. 4f are the four bits of `gfwsvd compress --bits 4` (`gfwsvd/feedback.py`), of two factors only: numbers
+make up for the errors of others by the metric over inputs that the layer was factored by. Dense weights are rounded by
+the same feedback and metric, row by row, which is GPTQ with the Fisher's right factor in place of the inputs' moment.
+Bytes are those of the linear layers; 16-bit rows are bfloat16. Rows that FILE holds are not computed again.
 """
 
 import argparse
@@ -22,16 +24,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import record, setting
+from gfwsvd.compress import DAMPING
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.evaluate import evaluate
+from gfwsvd.feedback import four_bits as fitted_four_bits
+from gfwsvd.feedback import rounded as fed_back
 from gfwsvd.layers import LowRankLinear, find_linears
 from gfwsvd.logits import ReferenceLogits
+from gfwsvd.methods import method_named
 from gfwsvd.progress import bar
-from gfwsvd.quantise import UNIT, whole_numbers
+from gfwsvd.quantise import GROUP, UNIT, grouped_numbers, whole_numbers
 from gfwsvd.ranks import STORAGE
+from gfwsvd.solve import metrics_of
 from gfwsvd.sweep import Run, compressed_models
+from gfwsvd.whiten import Root, root
 
-GROUP = 64
 Rounding = Callable[[Tensor, int], tuple[Tensor, int]]  # a matrix and where its scales run -> rounded, bytes
 
 
@@ -62,6 +69,7 @@ BITS: dict[str, tuple[Rounding, Rounding]] = {
     "4": (four_bits, four_bits),
     "4+8": (four_bits, eight_bits),
 }
+FED_BACK = "4f"
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -71,6 +79,28 @@ def layers(model: nn.Module) -> list[nn.Module]:
         return low_rank + list(find_linears(model).values())
     except GfwsvdError:  # none is dense any more
         return low_rank
+
+
+@torch.no_grad()
+def feed_back(model: nn.Module, metrics: Callable[[str], Root]) -> int:
+    """As `quantise`, in four bits by the metric over inputs of each layer, given by its name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    total = 0
+    for layer in layers(model):
+        right = metrics(names[id(layer)])
+        if isinstance(layer, LowRankLinear):
+            up, down, scales = fitted_four_bits(*layer.factors(torch.float64), right, dtype=torch.bfloat16)
+            rounded = LowRankLinear.from_factors(up, down, None, None, scales)
+            for part, found in zip((layer.up, layer.weight), rounded.factors(torch.float32), strict=True):
+                part.copy_(found)
+            total += up.nbytes + down.nbytes + scales.nbytes
+        else:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            steps, scales = fed_back(weight.double(), right.unit_triangle(), dtype=torch.bfloat16)
+            weight.copy_(grouped_numbers(steps, scales, torch.float32))
+            total += steps.numel() // 2 + scales.nbytes
+    return total
 
 
 @torch.no_grad()
@@ -99,7 +129,7 @@ def main() -> None:
     setting.add_arguments(parser)
     parser.add_argument("--keep", type=float, nargs="*", default=[0.9, 0.8, 0.6])
     parser.add_argument("--storage", choices=STORAGE, default="pivoted")
-    parser.add_argument("--bits", choices=BITS, nargs="+", default=["16", "8", "4"])
+    parser.add_argument("--bits", choices=[*BITS, FED_BACK], nargs="+", default=["16", "8", "4"])
     arguments = parser.parse_args()
     made = record.provenance()
     prepared = setting.prepare(arguments)
@@ -107,19 +137,23 @@ def main() -> None:
     reference = ReferenceLogits(copy.deepcopy(prepared.model).to(dtype), prepared.windows, track=bar)
     rows = [row for row in record.read(arguments.results) if all(row.get(k) == v for k, v in prepared.about.items())]
 
+    def metric(name: str) -> Root:
+        right = metrics_of(prepared.statistics, name, method_named("gfwsvd"))[1]
+        return root(right, damping=DAMPING, name=name)
+
     def add(model: nn.Module, keep: float, storage: str, widths: list[str]) -> None:
         done = {(row["keep"], row.get("storage", "pivoted"), str(row["bits"])) for row in rows}
         for bits in widths:
             if (keep, storage, bits) in done:
                 continue
             rounded = copy.deepcopy(model)
-            num_bytes = quantise(rounded, bits)
+            num_bytes = feed_back(rounded, metric) if bits == FED_BACK else quantise(rounded, bits)
             found = evaluate(rounded.to(dtype), prepared.windows, reference=reference, track=bar).to_json()
             row: dict[str, Any] = {"benchmark": "quantised", "keep": keep, "bits": bits, "storage": storage}
             rows.append({**row, "linear_bytes": num_bytes, **found, **prepared.about, **made})
             record.append(arguments.results, rows[-1])
 
-    add(prepared.model, 1.0, "pivoted", [bits for bits in arguments.bits if bits.isdigit()])
+    add(prepared.model, 1.0, "pivoted", [bits for bits in arguments.bits if bits != "4+8"])
     runs = [Run("gfwsvd", "global", keep, arguments.storage) for keep in arguments.keep]
     for run, model, _, _ in compressed_models(prepared.model, prepared.statistics, runs, track=bar):
         add(model, run.keep, run.storage, arguments.bits)

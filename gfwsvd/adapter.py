@@ -91,8 +91,8 @@ def write_adapter(
         raise GfwsvdError(f"{source} has no low-rank layers; expected what gfwsvd compress wrote")
     if rounded := [name for name, layer in layers.items() if layer.bits]:
         raise GfwsvdError(
-            f"the factors of layer {rounded[0]} are in eight bits, whose rounding is of full rank: an adapter would "
-            "leave it out; make one of the checkpoint before its rounding"
+            f"the factors of layer {rounded[0]} are in {layers[rounded[0]].bits} bits, whose rounding is of full rank: "
+            "an adapter would leave it out; make one of the checkpoint before its rounding"
         )
     dense, _, _ = load_model(base)
     bases = _check_base(model, dense, layers, base)

@@ -3,12 +3,14 @@
 A checkpoint is an ordinary transformers folder whose `quantization_config` is the *format section*
 
     {"quant_method": "gfwsvd", "format_version": 1 | 2, "method": ..., "keep": ..., "kept": ...,
-     "layers": {NAME: {"kind": "lowrank" | "pivoted", "rank": R[, "bits": 8]} | {"kind": "dense"}}}
+     "layers": {NAME: {"kind": "lowrank" | "pivoted", "rank": R[, "bits": 8 | 4]} | {"kind": "dense"}}}
 
 with the tensors `NAME.weight` (the down factor, (R, D_IN)) and `NAME.up` (D_OUT, R) for a low-rank layer; `NAME.weight`
 (R, D_IN), `NAME.up` (D_OUT - R, R) and `NAME.order` (D_OUT,) int32 for a pivoted one (see `layers.LowRankLinear`); and
-`NAME.weight` for a dense one. With `bits` both factors are int8, and `NAME.scales` (2, R) holds the scales of the rows
-of down and of the columns of up (see `quantise`); only then is the version 2, so that readers of version 1 refuse it.
+`NAME.weight` for a dense one. With `bits` 8 both factors are int8, and `NAME.scales` (2, R) holds the scales of the
+rows of down and of the columns of up. With 4, of two factors only, both are uint8, two numbers of a row a byte, (R,
+D_IN / 2) and (D_OUT, (R + 1) // 2), and `NAME.scales`, a vector, holds the scale of each 64 numbers of a row, all of
+down before all of up (see `quantise`). Only with `bits` is the version 2, so that readers of version 1 refuse it.
 The manifest `gfwsvd.json` beside it holds the report, the digest of each tensor file, and a digest of itself.
 """
 
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 
 from .errors import GfwsvdError
 from .folders import TensorInfo, check_seal, read_headers, read_json
-from .quantise import BITS
+from .quantise import BITS, check_form, factor_shapes
 
 FORMAT_VERSION, BITS_VERSION = 1, 2  # the second where a layer has `bits`
 QUANT_METHOD = "gfwsvd"
@@ -32,7 +34,6 @@ _SECTION_KEYS = {"quant_method", "format_version", "method", "keep", "kept", "la
 _MOST_LAYERS = 1 << 16  # of a section; transformers copies it several times
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _DTYPES = {"weight": _FLOATS, "up": _FLOATS, "bias": _FLOATS, "order": {"I32"}, "scales": _FLOATS}
-_BITS_DTYPES = _DTYPES | {"weight": {"I8"}, "up": {"I8"}}
 
 
 class Entry(NamedTuple):
@@ -54,13 +55,12 @@ class Entry(NamedTuple):
         """Last name and shape of each of its tensors, biases aside, where the layer has d_in inputs, d_out outputs."""
         if self.rank is None:
             return {"weight": (d_out, d_in)}
-        shapes: dict[str, tuple[int, ...]] = {"weight": (self.rank, d_in)}
-        shapes["up"] = (d_out - self.rank * self.pivoted, self.rank)
-        if self.pivoted:
-            shapes["order"] = (d_out,)
-        if self.bits is not None:
-            shapes["scales"] = (2, self.rank)
-        return shapes
+        shapes = factor_shapes(self.bits, d_out - self.rank * self.pivoted, self.rank, d_in)
+        return shapes | ({"order": (d_out,)} if self.pivoted else {})
+
+    def dtypes(self, leaf: str) -> set[str]:
+        """What the tensor called `leaf` may be of, in the names of safetensors."""
+        return {BITS[self.bits].stored_as} if self.bits and leaf in ("weight", "up") else _DTYPES[leaf]
 
 
 class StoredLayer(NamedTuple):
@@ -124,7 +124,11 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
             f"config.json: quantization_config should list the layers, {_MOST_LAYERS} at most, in an object `layers`; "
             "the file was changed"
         )
-    details = [{}, *({"bits": bits} for bits in BITS if version == BITS_VERSION)]
+    bits = BITS if version == BITS_VERSION else {}
+    details: dict[str, list[dict[str, int]]] = {
+        "lowrank": [{}, *({"bits": number} for number in bits)],
+        "pivoted": [{}, *({"bits": number} for number, form in bits.items() if form.pivots)],
+    }
     entries: dict[str, Entry] = {}
     for name, entry in layers.items():
         if not name.isprintable() or not all(name.split(".")):
@@ -133,14 +137,14 @@ def parse_section(section: Mapping[str, Any]) -> dict[str, Entry]:
             case {"kind": "dense", **rest} if not rest:
                 entries[name] = Entry("dense", None)
             case {"kind": "lowrank" | "pivoted" as kind, "rank": int(rank), **rest} if (
-                rank > 0 and not isinstance(rank, bool) and rest in details
+                rank > 0 and not isinstance(rank, bool) and rest in details[kind]
             ):
-                entries[name] = Entry(kind, rank, BITS[0] if rest else None)
+                entries[name] = Entry(kind, rank, next((number for number in bits if rest == {"bits": number}), None))
             case _:
                 raise GfwsvdError(
                     f"config.json: layer {name}: expected kind 'lowrank' or 'pivoted' with a positive rank and, in "
-                    f"format_version {BITS_VERSION}, bits {BITS[0]} or none, or kind 'dense', got {entry!r:.200}; the "
-                    "file was changed, or a newer gfwsvd wrote it"
+                    f"format_version {BITS_VERSION}, bits 8, or 4 of kind 'lowrank', or none, or kind 'dense', got "
+                    f"{entry!r:.200}; the file was changed, or a newer gfwsvd wrote it"
                 )
     return entries
 
@@ -175,26 +179,29 @@ def check_layers(
         if entry.pivoted:
             found["order"] = _tensor(tensors, f"{name}.order", dimensions=1)
         if entry.bits is not None:
-            found["scales"] = _tensor(tensors, f"{name}.scales", dimensions=2)
+            found["scales"] = _tensor(tensors, f"{name}.scales")
         counted = list(found.values())
         if name in biased:
             found["bias"] = _tensor(tensors, f"{name}.bias", dimensions=1)
         outputs = found["order" if entry.pivoted else "up"].shape[0]
-        d_out, d_in = shapes.get(name, (outputs, weight.shape[1]))
+        in_byte = 1 if entry.bits is None else BITS[entry.bits].in_byte
+        d_out, d_in = shapes.get(name, (outputs, weight.shape[1] * in_byte))
+        check_form(f"config.json: layer {name}", entry.bits, d_in=d_in, pivoted=entry.pivoted)
         if rank > min(d_out - entry.pivoted, d_in):
             raise GfwsvdError(f"config.json: layer {name} of shape {(d_out, d_in)} cannot have rank {rank}")
         expected_shapes = {**entry.shapes(d_out, d_in), "bias": (d_out,)}
-        dtypes = _DTYPES if entry.bits is None else _BITS_DTYPES
         for leaf, info in found.items():
-            if info.dtype not in dtypes[leaf]:
-                types = ", ".join(sorted(dtypes[leaf]))
+            if info.dtype not in entry.dtypes(leaf):
+                types = ", ".join(sorted(entry.dtypes(leaf)))
                 raise GfwsvdError(f"{info.file}: {name}.{leaf} should be of type {types}, got {info.dtype}")
             if info.shape != (expected := expected_shapes[leaf]):
                 raise GfwsvdError(
                     f"{info.file}: {name}.{leaf} should be {expected} by config.json, got {info.shape}; "
                     "the two files are not of one checkpoint, copy the folder again"
                 )
-        numbers, num_bytes = (sum(getattr(info, count) for info in counted) for count in ("numbers", "num_bytes"))
+        numbers = rank * (d_in + d_out - rank * entry.pivoted)
+        numbers += sum(info.numbers for leaf, info in found.items() if leaf in ("order", "scales"))
+        num_bytes = sum(info.num_bytes for info in counted)
         checked[name] = StoredLayer(entry.kind, rank, entry.bits, numbers, d_out * d_in, num_bytes)
     for tensor, info in tensors.items():
         name, _, leaf = tensor.rpartition(".")
@@ -206,14 +213,14 @@ def check_layers(
     return checked
 
 
-def _tensor(tensors: Mapping[str, TensorInfo], name: str, *, dimensions: int) -> TensorInfo:
+def _tensor(tensors: Mapping[str, TensorInfo], name: str, *, dimensions: int | None = None) -> TensorInfo:
     if name not in tensors:
         files = sorted({str(info.file) for info in tensors.values()})
         raise GfwsvdError(
             f"tensor {name} is missing from {', '.join(files) or 'an empty checkpoint'}; copy the folder again or "
             "compress anew"
         )
-    if len(tensors[name].shape) != dimensions:
+    if dimensions is not None and len(tensors[name].shape) != dimensions:
         expected = {1: "a vector", 2: "a matrix"}[dimensions]
         raise GfwsvdError(f"{tensors[name].file}: {name} should be {expected}, got shape {tensors[name].shape}")
     return tensors[name]
@@ -262,7 +269,9 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
     sizes, dense, num_bytes = (
         sum(getattr(layer, count) for layer in layers.values()) for count in ("stored", "dense", "bytes")
     )
-    model_stored = sum(info.numbers for info in tensors.values())
+    splits = {tensor: tensor.rpartition(".") for tensor in tensors}
+    others = [tensor for tensor, (name, _, leaf) in splits.items() if name not in layers or leaf == "bias"]
+    model_stored = sizes + sum(tensors[tensor].numbers for tensor in others)
     return {
         **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
         "time_kept": report.get("time_kept"),

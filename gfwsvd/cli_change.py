@@ -126,7 +126,7 @@ def convert_command(
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
-    """Write a compressed model in another form: dense, as an adapter, in eight bits, or from the factors of others to
+    """Write a compressed model in another form: dense, as an adapter, in few bits, or from the factors of others to
     gfwsvd's form.
 
     With --lora, an adapter over --base makes it compute what SOURCE computes, to compare them; it saves nothing. It is
@@ -150,9 +150,9 @@ def convert_command(
             found = {"out": str(out), "adapted_layers": len(adapter.ranks), **adapter._asdict()}
             found["ranks"] = [min(adapter.ranks.values()), max(adapter.ranks.values())]
         case False, False, int(), None:
-            from .convert import in_eight_bits
+            from .convert import in_bits
 
-            found = summary(in_eight_bits(source, out, **options), out)
+            found = summary(in_bits(source, out, bits=bits, **options), out)
         case False, False, None, str():
             from .convert import import_published
 
@@ -160,6 +160,6 @@ def convert_command(
         case _:
             raise GfwsvdError(
                 "give either --merge, to make a dense model, or --lora and --base MODEL, to make an adapter, or --bits "
-                "8, to round the factors, or --base MODEL alone, to read what others published"
+                "N, to round the factors, or --base MODEL alone, to read what others published"
             )
     print_values(found, json_output)

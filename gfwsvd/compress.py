@@ -16,7 +16,7 @@ from .losses import next_token_loss
 from .methods import KRONECKER, Method, method_named
 from .outcome import CompressionReport as CompressionReport
 from .outcome import LayerReport as LayerReport
-from .quantise import check_bits
+from .quantise import check_bits, check_form
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
 from .refine import Refined, check_rounds, refined
 from .solve import Built, Solution
@@ -79,8 +79,9 @@ def compress(
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
-        bits: 8 stores the factors as whole numbers of eight bits with two scales a rank (`quantise.py`), which count
-            in what is stored, beyond `keep`. Layers that stay dense, biases and all others keep their dtype.
+        bits: 8 or 4 stores the factors as whole numbers of so many bits with scales (`quantise.py`), which count in
+            what is stored, beyond `keep`. 4 takes `storage` "factors", and fits both to each other (`feedback.py`).
+            Layers that stay dense, biases and all others keep their dtype.
         damping: added to each metric's diagonal, relative to its mean.
         guard: where a method weighs both sides and the statistics have held-out tokens, factor each layer by whichever
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
@@ -109,6 +110,8 @@ def compress(
         raise GfwsvdError(f"a latency table has no times of factors in {bits} bits: leave out the table or the bits")
     _check_dense(model)
     blanks = _blanks(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
+    for name, blank in blanks.items():
+        check_form(f"layer {name}", bits, d_in=blank.d_in, pivoted=blank.pivoted)
     if latency is not None:
         latency.check((blank.d_out, blank.d_in) for blank in blanks.values())
     cost: Cost = Candidate.stored if latency is None else latency.cost

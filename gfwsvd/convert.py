@@ -21,7 +21,7 @@ from .layers import LowRankLinear, dense_weight, find_linears, is_linear, is_tra
 from .layouts import LAYOUTS, Factors, check_numbers, find_layout, read_layers
 from .outcome import read_report
 from .pivot import Pivoted
-from .quantise import BITS
+from .quantise import check_bits, check_form
 from .sources import load_model
 
 if TYPE_CHECKING:
@@ -65,38 +65,44 @@ def merge(
     return len(layers)
 
 
-def in_eight_bits(
+def in_bits(
     source: str,
     directory: Path,
     *,
+    bits: int,
     dtype: str | None = None,
     overwrite: bool = False,
     track: Track = silent,
 ) -> CompressionReport:
-    """Write a checkpoint of ours with its factors rounded to eight bits (`quantise.py`).
+    """Write a checkpoint of ours with its factors rounded to `bits` (`quantise.py`).
 
     Args:
         source: a folder of gfwsvd compress or tune, with its manifest.
         directory, overwrite: see `merge`.
+        bits: 8, or for two factors 4, fitted to each other as in `compress`, but by no metric, for which there are no
+            statistics.
         dtype: of all other tensors, by default as stored.
 
     Raises:
-        GfwsvdError: when the source cannot be loaded, has no manifest, no low-rank layers or some in eight bits
-            already, or the folder cannot be written.
+        GfwsvdError: when the source cannot be loaded, has no manifest, no low-rank layers, some in few bits already
+            or some that cannot be in four, or the folder cannot be written.
     """
+    check_bits(bits)
     check_output_folder(directory, overwrite=overwrite, marker="config.json")
     report = read_report(Path(source).expanduser())
     model, tokenizer, _ = load_model(source, dtype=dtype)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     if not layers or any(layer.bits for layer in layers.values()):
-        raise GfwsvdError(f"{source} has no low-rank layers whose factors are not in eight bits already")
+        raise GfwsvdError(f"{source} has no low-rank layers, or their factors are in eight or four bits already")
+    for name, layer in layers.items():
+        check_form(f"layer {name}", bits, d_in=layer.in_features, pivoted=layer.order is not None)
     reports = {layer.name: layer for layer in report.layers}
-    for name, layer in track(list(layers.items()), f"{len(layers)} layers in eight bits"):
-        rounded = layer.in_eight_bits()
+    for name, layer in track(list(layers.items()), f"{len(layers)} layers in {bits} bits"):
+        rounded = layer.in_bits(bits)
         model.set_submodule(name, rounded)
         reports[name].bits, reports[name].stored, reports[name].rounding_loss = rounded.bits, rounded.stored, None
     size = model_size(model)
-    report.bits, report.model_stored, report.model_bytes = BITS[0], size.numbers, size.bytes
+    report.bits, report.model_stored, report.model_bytes = bits, size.numbers, size.bytes
     report.stored = sum(layer.stored for layer in report.layers)
     report.kept = report.stored / report.dense
     save_pretrained(model, directory, report=report, tokenizer=tokenizer, overwrite=overwrite)

@@ -14,6 +14,7 @@ import torch
 from .hardware import Hardware
 from .kronecker import PROBES
 from .methods import GRADIENTS, INPUTS
+from .quantise import GROUP
 from .ranks import Candidate
 from .statistics import PART_PROBES
 
@@ -229,6 +230,22 @@ def factorisation(
         steps.append(product("float64", d_out, d_in, d_in, forms * sides[1]))
         if bits is not None:  # magnitudes, steps and their rounding
             steps.append(moves(rank * (d_in + d_out), 6 * forms, 8))
+        if bits == 4:
+            steps += _fitting(d_out, d_in, rank, full=sides[1])
+    return steps
+
+
+def _fitting(d_out: int, d_in: int, rank: int, *, full: bool) -> list[Step]:
+    """Two factors in four bits, fitted to each other by a metric over inputs that is `full` or a diagonal."""
+    steps = [_scaled("qr", rank, rank, rank, 8 / 3), product("float64", rank, rank, d_in + d_out)]
+    if full:
+        steps += [Step("cholesky", d_in, 1, d_in**3 / 3), moves(d_in**2, 14 + 12, 8)]
+        steps.append(product("float64", rank, d_in, d_in, 2))
+    steps += [product("float64", rank, rank, d_in), product("float64", rank, d_in, d_out, 2)]
+    steps += [Step("cholesky", rank, 1, rank**3 / 3), _scaled("solve", d_out, rank, rank, 1, 2)]
+    # Errors of a column change those before it in their group, errors of a group those before it
+    for rows, width, fed in ((rank, d_in, full), (d_out, rank, True)):
+        steps += [product("float64", rows, width, width, fed / 2), moves(rows * width, 6 + fed * GROUP / 2, 8)]
     return steps
 
 

@@ -70,7 +70,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Projections of one input (`SIBLINGS`: queries, keys and values, gate and up) share a call, every other low-rank
     layer has one of its own; on a GPU a call is two launches for one or two tokens, in `GraphDecoder` best. For longer
     batches and prompts it is no faster than two matrix products a layer, and on a CPU it is slower than the layers as
-    they were. Dense layers stay, and factors in eight bits are read as they are. Outputs are equal up to rounding.
+    they were. Dense layers stay, and so do factors in four bits, which no kernel reads; those in eight bits are read as
+    they are. Outputs are equal up to rounding.
     Afterwards the model can be moved to no other device or dtype, and neither trained nor saved; the tensors of its
     low-rank layers are released.
 
@@ -78,12 +79,14 @@ def fuse(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        GfwsvdError: for a model without low-rank layers, as one that was fused already.
+        GfwsvdError: for a model without such low-rank layers, as one that was fused already.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    names = [name for name, layer in low_rank.items() if layer.bits != 4]
     if not names:
         raise GfwsvdError(
-            f"{type(model).__name__} has no low-rank layers to fuse: expected a compressed model, fused only once"
+            f"{type(model).__name__} has no low-rank layers to fuse: expected a compressed model, not in four bits, "
+            "fused only once"
         )
     for members in _groups(names):
         layers = [cast(LowRankLinear, model.get_submodule(name)) for name in members]

@@ -87,8 +87,8 @@ class GfwsvdQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear) and module.order is not None:
                 check_order(name, module.order)
-            if isinstance(module, LowRankLinear) and module.scales is not None:
-                check_scales(name, module.scales)
+            if isinstance(module, LowRankLinear) and module.scales is not None and module.bits is not None:
+                check_scales(name, module.scales, module.bits)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GfwsvdError
-from .quantise import UNIT, eight_bits
+from .feedback import whole_numbered
+from .quantise import BITS, UNIT, check_form, factor_shapes
+from .whiten import Root
 
 
 class LowRankLinear(nn.Module):
@@ -22,13 +24,15 @@ class LowRankLinear(nn.Module):
     The down factor is the parameter `weight`, so that a reader which takes the layer for a dense one meets a tensor of
     the wrong shape and stops, instead of filling the model with random numbers.
 
-    In eight bits (`quantise.py`) both factors are int8, without gradient, and `scales` make numbers of them again.
+    In eight or four bits (`quantise.py`) both factors are whole numbers, without gradient, and `scales` make numbers of
+    them again.
 
     Attributes:
-        weight: the down factor, (rank, in_features).
-        up: the up factor, (out_features, rank); of a pivoted layer (out_features - rank, rank).
+        weight: the down factor, (rank, in_features); in four bits two numbers of a row in each byte.
+        up: the up factor, (out_features, rank), bytes alike; of a pivoted layer (out_features - rank, rank).
         order: (out_features,) int32, a buffer of a pivoted layer, else None.
-        scales: (2, rank), those of the down factor first, a buffer of a layer in eight bits, else None.
+        scales: those of the down factor first, (2, rank) in eight bits, a vector in four: a buffer, or None.
+        bits: of the factors where they are whole numbers, else None.
         bias: (out_features,) or None.
     """
 
@@ -50,15 +54,17 @@ class LowRankLinear(nn.Module):
                 f"LowRankLinear needs 1 <= rank <= min(in_features, out_features), below out_features if pivoted, got "
                 f"rank {rank} for {in_features} -> {out_features}"
             )
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        stored = dtype if bits is None else torch.int8
+        check_form("the layer", bits, d_in=in_features, pivoted=pivoted)
+        self.in_features, self.out_features, self.rank, self.bits = in_features, out_features, rank, bits
         rows = out_features - rank if pivoted else out_features
-        self.weight = _factor(torch.empty(rank, in_features, device=device, dtype=stored))
-        self.up = _factor(torch.empty(rows, rank, device=device, dtype=stored))
+        shapes = factor_shapes(bits, rows, rank, in_features)
+        stored = dtype if bits is None else BITS[bits].dtype
+        self.weight = _factor(torch.empty(shapes["weight"], device=device, dtype=stored))
+        self.up = _factor(torch.empty(shapes["up"], device=device, dtype=stored))
         order = torch.empty(out_features, device=device, dtype=torch.int32) if pivoted else None
         self.order: Tensor | None
         self.register_buffer("order", order)
-        scales = None if bits is None else torch.empty(2, rank, device=device, dtype=dtype)
+        scales = None if bits is None else torch.empty(shapes["scales"], device=device, dtype=dtype)
         self.scales: Tensor | None
         self.register_buffer("scales", scales)
         if bias:
@@ -76,10 +82,12 @@ class LowRankLinear(nn.Module):
         scales: Tensor | None = None,
     ) -> "LowRankLinear":
         """The layer of the factors `up (D_OUT, R)` and `down (R, D_IN)`, or with `order` of a pivoted form (D_OUT - R
-        rows of `up`), which it takes as they are; with `scales` they are those of `quantise.eight_bits`."""
+        rows of `up`), which it takes as they are; with `scales` they are those of `feedback.whole_numbered`."""
         d_out = up.shape[0] if order is None else len(order)
-        pivoted, has_bias = order is not None, bias is not None
-        layer = cls(down.shape[1], d_out, down.shape[0], pivoted=pivoted, bias=has_bias, device="meta")
+        bits = next((bits for bits, form in BITS.items() if form.dtype == down.dtype), None)
+        d_in = down.shape[1] * (1 if bits is None else BITS[bits].in_byte)
+        options: dict[str, Any] = {"pivoted": order is not None, "bits": bits, "bias": bias is not None}
+        layer = cls(d_in, d_out, down.shape[0], **options, device="meta")
         layer.weight, layer.up = _factor(down.contiguous()), _factor(up.contiguous())
         layer.order, layer.scales = order, scales
         if bias is not None:
@@ -92,11 +100,6 @@ class LowRankLinear(nn.Module):
         return "lowrank" if self.order is None else "pivoted"
 
     @property
-    def bits(self) -> int | None:
-        """Of the factors where they are whole numbers, else None."""
-        return None if self.scales is None else 8
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the numbers that the layer computes with."""
         return (self.weight if self.scales is None else self.scales).dtype
@@ -104,17 +107,17 @@ class LowRankLinear(nn.Module):
     @property
     def stored(self) -> int:
         """Numbers that the layer stores in place of a weight."""
-        return self.weight.numel() + self.up.numel() + sum(buffer.numel() for buffer in self.buffers())
+        return self.rank * (self.in_features + self.up.shape[0]) + sum(buffer.numel() for buffer in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scales is None:
-            up: Tensor = self.up
-            z = to_up = F.linear(x, self.weight)
-        else:
+        if self.scales is not None and self.bits == 8:
             unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
             up = self.up * unit
             z = F.linear(x, self.weight * unit) * self.scales[0]
             to_up = z * self.scales[1]
+        else:
+            up, down = (self.up, self.weight) if self.scales is None else self.factors(x.dtype)
+            z = to_up = F.linear(x, down)
         if self.order is None:
             return F.linear(to_up, up, self.bias)
         y = torch.cat((z, F.linear(to_up, up)), -1).index_select(-1, self.order)
@@ -122,21 +125,25 @@ class LowRankLinear(nn.Module):
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """`up` and `down` as floating-point numbers in `dtype` (default: the layer's own), detached."""
-        dtype = dtype or self.dtype
-        up, down = self.up.detach().to(dtype), self.weight.detach().to(dtype)
-        if self.scales is None:
-            return up, down
-        down_scale, up_scale = UNIT * self.scales.to(dtype)
-        return up * up_scale, down * down_scale[:, None]
+        dtype, up, down = dtype or self.dtype, self.up.detach(), self.weight.detach()
+        if self.scales is None or self.bits is None:
+            return up.to(dtype), down.to(dtype)
+        return BITS[self.bits].factors(up, down, self.scales, dtype)
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (D_OUT, D_IN) that the factors stand for, detached, multiplied in `dtype` (default: their own)."""
         up, down = self.factors(dtype)
         return up @ down if self.order is None else torch.cat((down, up @ down))[self.order]
 
-    def in_eight_bits(self) -> "LowRankLinear":
-        """A layer of the same form whose factors are those of this one, rounded to eight bits."""
-        up, down, scales = eight_bits(*self.factors(torch.float64), dtype=self.dtype)
+    def in_bits(self, bits: int) -> "LowRankLinear":
+        """A layer of the same form whose factors are those of this one, rounded to `bits` by no metric.
+
+        Raises:
+            GfwsvdError: see `quantise.check_form`.
+        """
+        check_form("the layer", bits, d_in=self.in_features, pivoted=self.order is not None)
+        factors = self.factors(torch.float64)
+        up, down, scales = whole_numbered(*factors, Root("identity"), bits=bits, dtype=self.dtype)
         return LowRankLinear.from_factors(up, down, self.bias, self.order, scales).train(self.training)
 
     def extra_repr(self) -> str:
@@ -250,9 +257,12 @@ class Size(NamedTuple):
 
 def model_size(model: nn.Module) -> Size:
     """What the model stores: its parameters, shared ones once, and the orders and scales of low-rank layers."""
-    layers = (module for module in model.modules() if isinstance(module, LowRankLinear))
-    tensors = [*model.parameters(), *(buffer for layer in layers for buffer in layer.buffers())]
-    return Size(sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    own = [tensor for layer in layers for tensor in (layer.weight, layer.up, *layer.buffers())]
+    held = set(map(id, own))
+    others = [tensor for tensor in model.parameters() if id(tensor) not in held]
+    numbers = sum(tensor.numel() for tensor in others) + sum(layer.stored for layer in layers)
+    return Size(numbers, sum(tensor.nbytes for tensor in own + others))
 
 
 def fingerprint(linears: Mapping[str, nn.Module]) -> str:

@@ -51,7 +51,11 @@ Bounds = Annotated[
 ]
 Bits = Annotated[
     int | None,
-    typer.Option("--bits", metavar=one_of(map(str, BITS)), help="of the factors; default: the model's dtype"),
+    typer.Option(
+        "--bits",
+        metavar=one_of(map(str, BITS)),
+        help="of the factors, 4 with --storage factors; default: the model's dtype",
+    ),
 ]
 Latency = Annotated[
     Path | None,

@@ -16,7 +16,7 @@ class LayerReport:
     Attributes:
         kind: "lowrank" (two factors), "pivoted" or "dense"; `reason` says why a layer stayed dense, or is stored as two
             factors where it was to be pivoted.
-        bits: of the factors where they are whole numbers, with `rank` scales for each; else None.
+        bits: of the factors where they are whole numbers, with scales; else None.
         stored, dense: numbers stored now and before, biases aside.
         predicted_loss: the method's objective at the rank: nats per predicted token where the method predicts the loss.
         rounding_loss: what the rounding of the stored numbers to half precision, or to `bits`, adds to it; else None.

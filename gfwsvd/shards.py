@@ -154,8 +154,8 @@ class MergedLayer:
         if missing := [f"{s.name}.{leaf}" for s in self.shards for leaf in s.shapes if leaf not in s.loaded]:
             raise GfwsvdError(f"missing from the checkpoint: {', '.join(missing)}; copy the folder again, all files")
         for shard in self.shards:
-            if "scales" in shard.places:
-                check_scales(shard.name, shard.view("scales", tensors))
+            if shard.entry.bits is not None:
+                check_scales(shard.name, shard.view("scales", tensors), shard.entry.bits)
         if not self.pivoted:
             return dict(tensors)
         ups: dict[str, list[Tensor]] = {name: [tensors[name][:0]] for name in ("up", "up" + WHOLE)}

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from . import pivot
 from .calibration import Statistics
 from .errors import GfwsvdError
+from .feedback import whole_numbered
 from .guard import chosen_metrics, judged_decomposition
 from .layers import LowRankLinear, dense_weight, layer_device, loaded, weight_shape
 from .methods import Method
 from .metrics import Metric, objective
 from .packed import NUMBERS
-from .quantise import eight_bits
 from .ranks import Candidate, Cost
+from .whiten import Root, root
 from .work import Work
 
 
@@ -145,23 +146,29 @@ def low_rank(
     multiple: int,
     cost: Cost,
     metrics: Callable[[], tuple[Metric, Metric]] | None,
+    damping: float,
 ) -> Built:
     """The layer of `rank` that takes the place of the linear `module`, its factors in `bits` if given.
 
     A layer to be pivoted is stored as two factors of a lower rank, within the same size and cost, if that loses less.
 
     Args:
-        metrics: that rounding is judged by; None leaves it out of account.
+        metrics: that rounding is judged by, and in four bits done by; None leaves it out of account.
+        damping: of the metric over inputs, as in its decomposition.
     """
-    layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank), bits=bits)
-    if metrics is None or layer.weight.dtype.itemsize >= 4:
-        return Built(layer, None)
+    form: dict[str, Any] = {"bits": bits, "right": Root("identity")}
+    if metrics is None or bits is None and cast(Tensor, module.weight).dtype.itemsize >= 4:
+        return Built(_stored_layer(module, factors, rank, pivoted=candidate.pivots(rank), **form), None)
     weighed_by = metrics()
+    if bits == 4:
+        right = None if weighed_by[1] is None else weighed_by[1].to(factors[0].device)
+        form["right"] = root(right, damping=damping, name="the right metric of a layer")
+    layer = _stored_layer(module, factors, rank, pivoted=candidate.pivots(rank), **form)
     rounding = _rounding_loss(layer, factors, weighed_by)
     lower = candidate.two_factors(rank, multiple, cost)
     if layer.kind == "pivoted" and lower:
         tails = candidate.tails()
-        other = _stored_layer(module, factors, lower, pivoted=False, bits=bits)
+        other = _stored_layer(module, factors, lower, pivoted=False, **form)
         other_rounding = _rounding_loss(other, factors, weighed_by)
         if tails[lower].item() + other_rounding < tails[rank].item() + rounding:
             return Built(other, other_rounding)
@@ -177,7 +184,7 @@ def blank_layer(module: nn.Module, rank: int, *, pivoted: bool, bits: int | None
 
 
 def _stored_layer(
-    module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool, bits: int | None
+    module: nn.Module, factors: tuple[Tensor, Tensor], rank: int, *, pivoted: bool, bits: int | None, right: Root
 ) -> LowRankLinear:
     dtype = cast(Tensor, module.weight).dtype
     up, down, order, scales = factors[0][:, :rank].clone(), factors[1][:rank].clone(), None, None
@@ -187,7 +194,7 @@ def _stored_layer(
     if bits is None:
         up, down = up.to(dtype), down.to(dtype)
     else:
-        up, down, scales = eight_bits(up, down, dtype=dtype)
+        up, down, scales = whole_numbered(up, down, right, bits=bits, dtype=dtype)
     return _like(module, LowRankLinear.from_factors(up, down, loaded(module, "bias"), order, scales))
 
 

@@ -82,6 +82,7 @@ def build_layers(
                 multiple=multiple,
                 cost=cost,
                 metrics=None if plain else metrics,
+                damping=soundness["damping_right"],
             )
     forms = _merged({name: (new.layer.rank, new.layer.kind == "pivoted", new.rounding) for name, new in built.items()})
     owner = _owners(linears)

@@ -114,8 +114,10 @@ def tune(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise GfwsvdError(f"{type(model).__name__} has no low-rank layer to train: compress it first")
-    if any(layer.bits for layer in layers.values()):
-        raise GfwsvdError("factors in 8 bits cannot be trained: tune those in the model's dtype, then convert --bits 8")
+    if bits := next((layer.bits for layer in layers.values() if layer.bits), None):
+        raise GfwsvdError(
+            f"factors in {bits} bits cannot be trained: tune those in the model's dtype, then convert --bits {bits}"
+        )
     device = model_device(model)
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     settings = {

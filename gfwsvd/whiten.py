@@ -42,6 +42,13 @@ class Root:
         product = matrix @ self.factor
         return product if self.scales is None else product * self.scales
 
+    def unit_triangle(self) -> Tensor | None:
+        """The lower triangle (D, D) K with ones on its diagonal of `C Cᵀ = K diag Kᵀ`; None for a diagonal metric."""
+        if self.factor is None or self.factor.dim() == 1:
+            return None
+        triangle = self.factor if self.scales is None else torch.linalg.qr((self.factor * self.scales).T).R.T
+        return triangle / triangle.diagonal()
+
     def solve(self, matrix: Tensor) -> Tensor:
         """`matrix @ C⁻¹`."""
         if self.factor is None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gfwsvd.adapter import residual_factors, rounding_error, write_adapter
 from gfwsvd.cli import app
 from gfwsvd.compress import compress
-from gfwsvd.convert import in_eight_bits
+from gfwsvd.convert import in_bits
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.hf import save_pretrained
 from gfwsvd.layers import LowRankLinear, dense_weight
@@ -174,8 +174,8 @@ def test_a_base_with_other_layers_is_refused(tmp_path, base, message):
 
 def test_factors_in_eight_bits_are_refused(tmp_path):
     write(tmp_path)
-    in_eight_bits(str(tmp_path / "small"), tmp_path / "smaller")
-    with pytest.raises(GfwsvdError, match="q_proj are in eight bits"):
+    in_bits(str(tmp_path / "small"), tmp_path / "smaller", bits=8)
+    with pytest.raises(GfwsvdError, match="q_proj are in 8 bits"):
         write_adapter(str(tmp_path / "smaller"), tmp_path / "adapter", base=str(tmp_path / "base"))
 
 

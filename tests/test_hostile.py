@@ -35,12 +35,14 @@ OURS = str(Path(gfwsvd.__file__).parent)
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
-    """The folders `opt` (one file, layers with biases), `llama` (shards) and `qwen3` (factors in eight bits), and an
-    outsider beside them."""
+    """The folders `opt` (one file, layers with biases), `llama` (shards), `qwen3` and `mistral` (factors in eight bits
+    and in four), and an outsider beside them."""
     root = tmp_path_factory.mktemp("hostile")
-    for kind, shard, bits in (("opt", "5GB", None), ("llama", "50KB", None), ("qwen3", "5GB", 8)):
-        model = tiny_model(kind)
-        report = compress(model, method="svd", keep=0.7, ranks="uniform", rank_multiple=4, bits=bits)
+    kinds = (("opt", "5GB", None), ("llama", "50KB", None), ("qwen3", "5GB", 8), ("mistral", "5GB", 4))
+    for kind, shard, bits in kinds:
+        model, storage = tiny_model(kind), "factors" if bits == 4 else "pivoted"
+        options = {"ranks": "uniform", "rank_multiple": 4, "storage": storage, "bits": bits}
+        report = compress(model, method="svd", keep=0.7, **options)
         save_pretrained(model, root / kind, report=report, max_shard_size=shard)
     return root
 
@@ -248,7 +250,7 @@ def change_manifest(data, folder: Path) -> None:
 @settings(max_examples=400)
 @given(
     data=st.data(),
-    kind=st.sampled_from(["opt", "llama", "qwen3"]),
+    kind=st.sampled_from(["opt", "llama", "qwen3", "mistral"]),
     change=st.sampled_from([change_config, change_config, change_index, change_some_header, change_manifest]),
 )
 def test_a_changed_checkpoint_loads_as_the_original_or_is_refused(originals, data, kind, change):

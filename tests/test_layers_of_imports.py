@@ -24,6 +24,7 @@ LAYERS = {
     "gfwsvd.whiten": 1,
     "gfwsvd.pivot": 1,
     "gfwsvd.quantise": 1,
+    "gfwsvd.feedback": 1,
     "gfwsvd.bounds": 1,
     "gfwsvd.ranks": 1,
     "gfwsvd.factorize": 1,

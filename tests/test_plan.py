@@ -118,7 +118,7 @@ def test_the_size_of_the_output_is_what_compress_writes(storage, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("keep", [1, 0.6, 0.1])
 def test_of_uniform_ranks_the_bytes_and_the_speed_up_are_exact(keep, bits, dtype):
     settings = replace(SETTINGS, keep=keep, method="svd", storage="factors", bits=bits)

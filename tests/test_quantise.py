@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import gfwsvd
 from gfwsvd.cli import app
 from gfwsvd.compress import compress
-from gfwsvd.convert import in_eight_bits, merge
+from gfwsvd.convert import in_bits, merge
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.hf import inspect, save_pretrained
 from gfwsvd.latency import LatencyTable
@@ -199,8 +199,8 @@ def test_convert_rounds_the_factors_of_a_checkpoint(tmp_path):
         strict=True,
     ):
         assert torch.equal(found, expected)
-    with pytest.raises(GfwsvdError, match="in eight bits already"):
-        in_eight_bits(str(tmp_path / "out"), tmp_path / "again")
+    with pytest.raises(GfwsvdError, match="in eight or four bits already"):
+        in_bits(str(tmp_path / "out"), tmp_path / "again", bits=8)
 
 
 def test_compress_takes_the_bits(tmp_path):
@@ -236,11 +236,11 @@ def changed(original: Path, folder: Path, *, entry: dict | None = None, version:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"entry": {"bits": 3}}, "bits 8 or none"),
-        ({"entry": {"bits": True}}, "bits 8 or none"),
-        ({"entry": {"bits": None}}, "bits 8 or none"),
-        ({"entry": {"group": 64}}, "bits 8 or none"),
-        ({"version": 1}, "format_version 2, bits 8 or none"),
+        ({"entry": {"bits": 3}}, "bits 8, or 4 of kind 'lowrank', or none"),
+        ({"entry": {"bits": True}}, "bits 8, or 4 of kind 'lowrank', or none"),
+        ({"entry": {"bits": None}}, "bits 8, or 4 of kind 'lowrank', or none"),
+        ({"entry": {"group": 64}}, "bits 8, or 4 of kind 'lowrank', or none"),
+        ({"version": 1}, "format_version 2, bits 8, or"),
         ({"entry": {"bits": "lost"}}, r"should be of type BF16, F16, F32, F64, got I8"),
         ({"scales": None}, r"scales is missing"),
         ({"scales": lambda old: old[:, :-1].contiguous()}, r"scales should be \(2, \d+\)"),
@@ -268,9 +268,9 @@ def test_what_cannot_be_done_in_eight_bits_says_so(original, tmp_path):
     table = LatencyTable.__new__(LatencyTable)
     with pytest.raises(GfwsvdError, match="no times of factors in 8 bits"):
         compress(tiny_model("llama"), method="svd", latency=table, bits=8)
-    with pytest.raises(GfwsvdError, match="bits must be 8, or be left out for the model's dtype, got 4"):
-        compress(tiny_model("llama"), method="svd", bits=4)
+    with pytest.raises(GfwsvdError, match="bits must be 8 or 4, or be left out for the model's dtype, got 5"):
+        compress(tiny_model("llama"), method="svd", bits=5)
     shutil.copytree(original[0], tmp_path / "bare")
     (tmp_path / "bare" / "gfwsvd.json").unlink()
     with pytest.raises(GfwsvdError, match="it was saved again"):
-        in_eight_bits(str(tmp_path / "bare"), tmp_path / "out")
+        in_bits(str(tmp_path / "bare"), tmp_path / "out", bits=8)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 from benchmarks import quantised
 from gfwsvd.compress import compress
 from gfwsvd.layers import LowRankLinear
+from gfwsvd.whiten import Root
 from tiny_models import tiny_model
 
 
@@ -32,6 +33,22 @@ def test_scales_of_two_factors_meet_between_them():
     rounded, num_bytes = quantised.eight_bits(matrix, 0)
     scale = (matrix.double().abs().amax(0) * 128 / 127).bfloat16().float() / 128
     assert torch.equal((rounded / scale).round() * scale, rounded) and num_bytes == 35 + 2 * 5
+
+
+def test_with_feedback_low_rank_and_dense_layers_are_rounded_to_four_bits_and_counted():
+    model = tiny_model("llama")
+    compress(model, method="svd", keep=0.7, ranks="uniform", storage="factors", bounds={"0.self_attn.k_proj": (1, 1)})
+    dense, low = model.model.layers[0].self_attn.k_proj, model.model.layers[0].self_attn.q_proj
+    before, asked = dense.weight.detach().clone(), []
+    expected = low.in_bits(4).product()
+    groups = 0
+    for layer in quantised.layers(model):
+        sizes = [layer.weight.shape, layer.up.shape] if isinstance(layer, LowRankLinear) else [layer.weight.shape]
+        groups += sum(rows * (width // 2 + 2 * -(-width // 64)) for rows, width in sizes)
+    assert quantised.feed_back(model, lambda name: asked.append(name) or Root("identity")) == groups
+    assert len(asked) == 14 and torch.equal(low.product(), expected)
+    moved, step = (dense.weight - before).abs(), before.abs().amax(1, keepdim=True) / 8
+    assert (moved <= 1.01 * step).all() and moved.mean() > 0.1 * step.mean(), "a clipped number moves by a step at most"
 
 
 def test_all_linear_layers_of_a_model_are_counted_and_rounded_and_no_other():
