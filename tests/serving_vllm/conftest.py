@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from gfwsvd.convert import in_eight_bits
+from gfwsvd.convert import in_bits
 from served_models import save_compressed
 
 
@@ -32,7 +32,7 @@ def served(tmp_path_factory, smollm2) -> Callable[[str], Path]:
         if (root / kind).exists():
             return root / kind
         if (plain := kind.removesuffix("-8")) != kind:
-            in_eight_bits(str(folder(plain)), root / kind)
+            in_bits(str(folder(plain)), root / kind, bits=8)
         else:
             save_compressed(kind, root / kind, smollm2)
         return root / kind
