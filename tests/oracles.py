@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from gfwsvd.layers import LowRankLinear, dense_weight
+
 
 def symmetric(lower: Tensor) -> Tensor:
     """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,)."""
@@ -105,3 +107,12 @@ def gradients_per_token(model: nn.Module, name: str, batch: dict[str, Tensor], l
     finally:
         model.set_submodule(name, original)
     return gradient
+
+
+def is_exact_product(dense: nn.Module, compressed: nn.Module) -> bool:
+    """Whether the weights of a float32 model are the products, in float64, of all low-rank layers of another."""
+    layers = {name: layer for name, layer in compressed.named_modules() if isinstance(layer, LowRankLinear)}
+    return bool(layers) and all(
+        torch.equal(dense_weight(dense.get_submodule(name)), layer.product(torch.float64).float())
+        for name, layer in layers.items()
+    )
