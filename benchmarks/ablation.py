@@ -59,8 +59,10 @@ STEPS: dict[str, dict[str, Any]] = {
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
 _ROUNDS = ("gfwsvd + 2 rounds", "kfac + 2 rounds")
+_EACH = tuple(step for step in STEPS if step not in _ROUNDS)
 STUDIES = (
-    Study("steps", 1, tuple(step for step in STEPS if step not in _ROUNDS)),
+    Study("steps", 1, _EACH),
+    Study("steps, another seed", 1, _EACH, calibration=(("seed", 1),)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
     Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
