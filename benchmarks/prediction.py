@@ -170,10 +170,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(MEASURED), figsize=(10, 4.5), layout="constrained")
     for panel, (key, name) in zip(panels, MEASURED.items(), strict=True):
         risen = [row for row in rows if row["predicted_loss"] > 0 and row[key] > 0]
-        for keep, group in by_size(risen).items():
-            points = [(row["predicted_loss"], row[key]) for row in group]
+        for keep, group in by_size(rows).items():
+            points = [row for row in group if row in risen]
             label = f"keep {keep:g}: Spearman {correlation(group, key):.3f}"
-            panel.plot(*zip(*points, strict=True), "o", label=label)
+            panel.plot([row["predicted_loss"] for row in points], [row[key] for row in points], "o", label=label)
         if risen:
             panel.axline((risen[0]["predicted_loss"],) * 2, slope=1, color="gray", linestyle=":", label="as predicted")
             panel.legend()

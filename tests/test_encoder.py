@@ -128,7 +128,7 @@ def test_the_benchmark_adds_the_missing_rows_only(options, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------- the real encoder
 
 
-def test_a_real_encoder_compressed_for_its_own_loss_still_finds_partners(minilm):
+def test_a_real_encoder_compressed_for_its_own_loss_still_finds_partners_where_svd_loses_some(minilm):
     model, tokenizer, _ = gfwsvd.load_model(str(minilm))
     pairs = load_pairs("pydoc")
     sizes = {"batch_pairs": 16, "max_tokens": 24}
