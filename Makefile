@@ -18,7 +18,8 @@ help:
 	@echo "make demo      compress a real language model and compare the methods"
 	@echo "make test      run the test suite"
 	@echo "make test-vllm run the tests of serving with vLLM on a CPU, in $(VLLM), an environment of its own"
-	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
+	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON;"
+	@echo "               GPU_ARGS=--dry-run for the same steps, tiny, without one"
 	@echo "make lint      ruff check, ruff format --check, mypy"
 	@echo "make clean     remove $(VENV), caches and build products"
 
@@ -72,7 +73,7 @@ test-vllm: $(VLLM_MARK)
 	@$(VLLM)/bin/python -m pytest tests/serving_vllm
 
 gpu:
-	@PYTHON="$(PYTHON)" benchmarks/gpu.sh
+	@PYTHON="$(PYTHON)" benchmarks/gpu.sh $(GPU_ARGS)
 
 lint: $(MARK)
 	@$(RUN) -m ruff check .

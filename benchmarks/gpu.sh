@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results}
 last_benchmark=280 # seconds after which no benchmark of a kernel is begun
 deadline=470       # seconds after which nothing runs any more: what a step may take is cut to what is left
-export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root:$root/kernels" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 # no step waits for a network
 unset TRITON_INTERPRET
 dry=
 parts=

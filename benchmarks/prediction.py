@@ -1,9 +1,11 @@
-"""Whether the predicted loss orders compressed models as the measured one does: random allocations, drawn and measured.
+"""Whether the predicted loss orders compressed models of one size as the measured one does, by random allocations.
 
     python -m benchmarks.prediction --calibration wiki.train.raw --evaluation wiki.valid.raw --stats DIR --results FILE
 
-Every layer gets a random share of its own parameters, around one of the shares `--keep` in turn. Allocations in FILE of
-the same model, texts and settings are not measured again, so an interrupted run goes on where it was.
+Every layer gets a random share of its own parameters, from few to all, and all of them together store one of the shares
+`--keep`, in turn. The size alone would order models of many sizes, but not those of one; its correlation is printed
+beside. Allocations in FILE of the same model, texts and settings are not measured again, so an interrupted run goes on
+where it was.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from benchmarks import record, setting
 from gfwsvd.calibration import Statistics, Track, silent
 from gfwsvd.logits import ReferenceLogits
 from gfwsvd.progress import bar
+from gfwsvd.ranks import Candidate
 
 LEAST_SHARE = 0.05  # below it some layers have no rank
 MEASURED = {"kl": "KL(dense || compressed)", "loss_increase": "increase of log perplexity"}
@@ -33,15 +36,21 @@ def main() -> None:
     setting.add_arguments(parser)
     predicting = [name for name, row in gfwsvd.METHODS.items() if row.predicts_loss]
     parser.add_argument("--method", choices=predicting, default="gfwsvd")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
-    parser.add_argument("--allocations", type=int, default=40)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.75, 0.6], help="sizes to draw at")
+    parser.add_argument("--allocations", type=int, default=30, help="of all sizes together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="also draw measured against predicted losses into this PNG file")
     arguments = parser.parse_args()
 
     made = record.provenance()
     prepared = setting.prepare(arguments)
-    about = {**prepared.about, "method": arguments.method, "seed": arguments.seed, "keeps": arguments.keep}
+    about = {
+        **prepared.about,
+        "method": arguments.method,
+        "seed": arguments.seed,
+        "keeps": arguments.keep,
+        "drawn": "equal size",
+    }
     done = {row["allocation"] for row in _rows(arguments.results, about)}
     missing = [number for number in range(arguments.allocations) if number not in done]
     for row in measured_rows(
@@ -57,8 +66,7 @@ def main() -> None:
     ):
         record.append(arguments.results, {**row, **about, **made})
     rows = [row for row in _rows(arguments.results, about) if row["allocation"] < arguments.allocations]
-    for key, name in MEASURED.items():
-        print(f"Spearman rank correlation of the predicted loss with {name}: {correlation(rows, key):.3f}")
+    print(table(rows))
     if arguments.plot is not None:
         plot(rows, arguments.plot)
 
@@ -76,15 +84,20 @@ def measured_rows(
     dtype: torch.dtype | None = None,
     track: Track[int] = silent,
 ) -> Iterator[dict[str, Any]]:
-    """Compresses a copy of `model` at each of the random allocations `numbers` and measures what that costs."""
+    """Compresses a copy of `model` at each of the random allocations `numbers`, of the sizes `keeps` in turn, and
+    measures what that costs."""
     if not numbers:
         return
+    layers = {
+        name: Candidate(layer.d_out, layer.d_in, torch.zeros(0), storage == "pivoted")
+        for name, layer in statistics.layers.items()
+    }
     dense = copy.deepcopy(model).to(dtype)
     reference, before = ReferenceLogits(dense, windows), gfwsvd.evaluate(dense, windows).perplexity
     del dense
     for number in track(numbers, f"{len(numbers)} random allocations"):
         keep = keeps[number % len(keeps)]
-        shares = random_shares(statistics.layers, keep, random.Random(f"{seed} {number}"))
+        shares = random_shares(layers, keep, random.Random(f"{seed} {number}"))
         bounds = {f"^{re.escape(name)}$": (0.0, share) for name, share in shares.items()}
         compressed = copy.deepcopy(model)
         report = gfwsvd.compress(  # at keep 1 each layer stores what its bound allows
@@ -102,15 +115,49 @@ def measured_rows(
         }
 
 
-def random_shares(names: Iterable[str], keep: float, generator: random.Random) -> dict[str, float]:
-    """A share for each layer between 2 keep - 1 and 1, `keep` on average; none below `LEAST_SHARE`."""
-    return {name: max(LEAST_SHARE, keep + (1 - keep) * generator.uniform(-1, 1)) for name in names}
+def random_shares(layers: Mapping[str, Candidate], keep: float, generator: random.Random) -> dict[str, float]:
+    """A share for each layer, from `LEAST_SHARE` to 1, with which all together store `keep` or a little less.
+
+    They are uniform over twice that range, shifted alike and clipped: some layers are dense, some almost gone.
+    """
+    levels = {name: generator.uniform(-1, 1) for name in layers}
+    budget = keep * sum(layer.dense for layer in layers.values())
+
+    def shares(shift: float) -> dict[str, float]:
+        return {name: min(1.0, max(LEAST_SHARE, level + shift)) for name, level in levels.items()}
+
+    def stored(shift: float) -> int:
+        most = {name: int(share * layers[name].dense) for name, share in shares(shift).items()}
+        return sum(layer.stored(layer.states(1, most[name])[-1]) for name, layer in layers.items())
+
+    fits, exceeds = -1.0, 2.0  # all at the least share, and all dense
+    for _ in range(30):
+        middle = (fits + exceeds) / 2
+        fits, exceeds = (middle, exceeds) if stored(middle) <= budget else (fits, middle)
+    return shares(fits)
 
 
-def correlation(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Spearman's, of the predicted loss with what was measured as `key`."""
-    pairs = torch.tensor([(row["predicted_loss"], row[key]) for row in rows], dtype=torch.float64)
-    return torch.corrcoef(pairs.argsort(0).argsort(0).double().T)[0, 1].item()
+def correlation(rows: Sequence[Mapping[str, Any]], key: str, by: str = "predicted_loss") -> float:
+    """Spearman's, of what the rows have as `by` with what was measured as `key`; 0 where all are equal."""
+    pairs = torch.tensor([(row[by], row[key]) for row in rows], dtype=torch.float64)
+    ranks = (pairs[:, None] - pairs).sign().sum(1)  # with mean zero; equal values share one
+    return torch.cosine_similarity(*ranks.T, dim=0).item()
+
+
+def by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
+    """The rows of each size, the largest first."""
+    sizes = sorted({row["keep"] for row in rows}, reverse=True)
+    return {keep: [row for row in rows if row["keep"] == keep] for keep in sizes}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Spearman's correlations with what was measured, per size and in all: of the predicted loss, of a small size."""
+    lines = [f"{'Spearman, with':32} {'keep':>5} {'allocations':>11} {'predicted loss':>14} {'size alone':>10}"]
+    for key, name in MEASURED.items():
+        for keep, group in [*by_size(rows).items(), ("all", rows)]:
+            predicted, size = correlation(group, key), -correlation(group, key, by="kept")
+            lines.append(f"{name:32} {keep:>5} {len(group):>11} {predicted:>14.3f} {size:>10.3f}")
+    return "\n".join(lines)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -123,14 +170,15 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(MEASURED), figsize=(10, 4.5), layout="constrained")
     for panel, (key, name) in zip(panels, MEASURED.items(), strict=True):
         risen = [row for row in rows if row["predicted_loss"] > 0 and row[key] > 0]
-        for keep in sorted({row["keep"] for row in risen}):
-            points = [(row["predicted_loss"], row[key]) for row in risen if row["keep"] == keep]
-            panel.plot(*zip(*points, strict=True), "o", label=f"around keep {keep:g}")
+        for keep, group in by_size(rows).items():
+            points = [row for row in group if row in risen]
+            label = f"keep {keep:g}: Spearman {correlation(group, key):.3f}"
+            panel.plot([row["predicted_loss"] for row in points], [row[key] for row in points], "o", label=label)
         if risen:
             panel.axline((risen[0]["predicted_loss"],) * 2, slope=1, color="gray", linestyle=":", label="as predicted")
             panel.legend()
         panel.set(xscale="log", yscale="log", xlabel="predicted loss, nats per token", ylabel=f"{name}, nats per token")
-        panel.set_title(f"Spearman {correlation(rows, key):.3f}, {len(rows)} allocations")
+        panel.set_title(f"{len(rows)} allocations, all sizes: Spearman {correlation(rows, key):.3f}")
     figure.savefig(path, format="png")
 
 

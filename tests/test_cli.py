@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from gfwsvd.cli import app
+from gfwsvd.store import load_statistics
 from tiny_models import tiny_model, tiny_workspace
 
 CALIBRATION = ("--sequences", "8", "--seq-len", "16")
@@ -72,6 +73,27 @@ def test_compress_calibrates_on_a_text_as_calibrate_does(workspace, tmp_path):
     assert once["provenance"]["data_sha256"] == twice["provenance"]["data_sha256"]
     tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "two")]
     assert tensors[0] == tensors[1]
+
+
+def test_tolerance_online_and_start_reach_the_calibration(workspace, tmp_path):
+    text = ("--text", workspace / "text.txt", *CALIBRATION)
+
+    def factors(name, *options):
+        found = run_json("calibrate", workspace / "model", *text, "--stats", tmp_path / name, *options)
+        layers = load_statistics(tmp_path / name)[0].layers.values()
+        return found, torch.cat([layer.right.flatten() for layer in layers])
+
+    begun = load_statistics(workspace / "stats")[0]
+    once = torch.cat([layer.right.flatten() for layer in begun.layers.values()])
+    twice, right_twice = factors("twice", "--sweeps", "2")
+    converged, right_converged = factors("converged", "--sweeps", "2", "--tolerance", "1")
+    assert (twice["sweeps"], converged["sweeps"]) == (2, 1) and converged["settings"]["tolerance"] == 1
+    assert torch.equal(right_converged, once) and not torch.equal(right_twice, once)
+    online, right_online = factors("online", "--online")
+    assert online["settings"]["online"] and not torch.equal(right_online, once)
+    resumed, right_resumed = factors("resumed", "--start", workspace / "stats")
+    assert resumed["settings"]["start"] == begun.data_sha256 and twice["settings"]["start"] is None
+    assert torch.equal(right_resumed, right_twice), "one sweep from one is two"
 
 
 def test_rounds_measure_the_loss_on_a_text_beside_the_statistics(workspace, tmp_path):

@@ -1,5 +1,6 @@
 """The benchmark of sentence encoders: its pairs, its figures, its rows, and what it shows on the real encoder."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -128,19 +129,22 @@ def test_the_benchmark_adds_the_missing_rows_only(options, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------- the real encoder
 
 
-def test_a_real_encoder_compressed_for_its_own_loss_still_finds_partners(minilm):
+def test_a_real_encoder_compressed_for_its_own_loss_still_finds_partners_where_svd_loses_some(minilm):
+    """By reciprocal ranks, which every rank moves: of these hard pairs the dense model itself puts 16 of 100 first."""
     model, tokenizer, _ = gfwsvd.load_model(str(minilm))
     pairs = load_pairs("pydoc")
     sizes = {"batch_pairs": 16, "max_tokens": 24}
     heldout = encoder.pair_batches(pairs[100:200], tokenizer, **sizes)
     reference = encoder.embed(model, heldout)
     found = {"dense": encoder.retrieval(reference, reference)}
+    batches = encoder.pair_batches(pairs[:48], tokenizer, **sizes)
     for method in ("svd", "gfwsvd"):
-        model, _, _ = gfwsvd.load_model(str(minilm))
-        batches = encoder.pair_batches(pairs[:48], tokenizer, **sizes)
+        small = copy.deepcopy(model)
         report = gfwsvd.compress(
-            model, batches, method=method, keep=0.6, loss=encoder.contrastive_loss, exclude=["pooler"]
+            small, batches, method=method, keep=0.4, loss=encoder.contrastive_loss, exclude=["pooler"]
         )
-        assert 0.59 < report.kept <= 0.6
-        found[method] = encoder.retrieval(encoder.embed(model, heldout), reference)
-    print(found)
+        assert 0.39 < report.kept <= 0.4
+        found[method] = encoder.retrieval(encoder.embed(small, heldout), reference)
+    assert found["gfwsvd"]["mrr"] > 0.9 * found["dense"]["mrr"] > found["svd"]["mrr"], found
+    assert found["gfwsvd"]["recall_at_1"] > found["dense"]["recall_at_1"] - 0.05, found
+    assert found["gfwsvd"]["cosine"] > found["svd"]["cosine"] + 0.25, found

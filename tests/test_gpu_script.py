@@ -24,8 +24,8 @@ STEPS = {
 }
 
 
-def started(*arguments, **environment):
-    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments]
+def started(*arguments, command=("bash", ROOT / "benchmarks/gpu.sh"), **environment):
+    command = [*map(str, command), *arguments]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -37,9 +37,12 @@ def finished(process):
 
 
 def test_dry_runs_of_the_parts_take_every_step_and_measure_every_provider(tmp_path):
-    """In two scripts at once: starting Python is what takes the time."""
+    """As `make` starts them, in two scripts at once: starting Python is what takes the time."""
+    make = ["make", "--silent", "-C", ROOT, "gpu", f"PYTHON={sys.executable}"]
     sides = [["kernels"], ["tests", "checks", "models"]]
-    running = [started("--dry-run", *parts, OUT=str(tmp_path / parts[0])) for parts in sides]
+    running = [
+        started(f"GPU_ARGS=--dry-run {' '.join(parts)}", command=make, OUT=str(tmp_path / parts[0])) for parts in sides
+    ]
     for parts, process in zip(sides, running, strict=True):
         status, steps, out, err = finished(process)
         assert status == 0, err + out[-3000:]
@@ -72,11 +75,12 @@ def test_the_time_limits_keep_it_under_eight_minutes():
 
 
 def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
-    """A Python that can import, but runs no module: every step fails."""
+    """A Python that can import, but runs no module: every step fails, and with 3 if it was told to ask no network."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 3\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit $((2 + HF_HUB_OFFLINE))\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    status, steps, _, err = finished(started("--dry-run", OUT=str(tmp_path / "out"), PYTHON=str(python)))
+    out = str(tmp_path / "out")
+    status, steps, _, err = finished(started("--dry-run", OUT=out, PYTHON=str(python), HF_HUB_OFFLINE="0"))
     assert status == 1 and steps == [step for part in STEPS.values() for step in part]
     assert re.findall(r"FAILED: (.+): exit status 3", err) == steps and "names of the kernels" in err
 
@@ -86,6 +90,15 @@ def test_without_a_gpu_it_says_so_and_does_nothing():
     status, _, out, err = finished(started())
     assert status == 2 and "sees no GPU" in err and out == ""
     assert finished(started("--dryrun"))[0] == 2
+
+
+def test_the_tree_that_has_to_be_carried_is_as_small_as_the_documentation_says():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("the sources are no git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    stated = int(re.search(r"tracked files, below\s+(\d+) MB", (ROOT / "docs/gpu.md").read_text())[1])
+    assert len(files) > 100 and sum(file.lstat().st_size for file in files if file.exists()) < stated * 10**6
 
 
 def test_the_names_of_the_kernels_are_those_in_the_sources(tmp_path):
