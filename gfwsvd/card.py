@@ -53,6 +53,7 @@ def model_card(report: Mapping[str, Any], *, auto_class: str, base_card: str) ->
         "numbers of the whole model before": report["model_dense"],
         **{f"bytes of the {key}": value for key, value in sizes_in_bytes.items() if value is not None},
         **{f"{kind} layers": count for kind, count in kinds.items()},
+        **{f"layers by {choice} metrics": count for choice, count in (report["metrics"] or {}).items()},
     }
     if report["predicts_loss"]:
         predicted = sum(layer["predicted_loss"] for layer in report["layers"])

@@ -248,11 +248,12 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         Plain JSON values: `format_version`, `method`, `keep` (asked), `kept` (achieved), `time_kept` (by the latency
-        table, None without one); `kinds`, the number of layers of each kind; `stored` and `dense`, the weights of the
-        compressed linear layers now and before; `model_stored` and `model_dense`, the same for all tensors; `bytes` and
-        `model_bytes`, what these take now; `provenance`; and `layers`, a list of objects with `name`, `kind`, `rank`,
-        `bits`, `stored`, `dense`, `bytes` and whatever else the report says of the layer. A checkpoint that was saved
-        again without its manifest has an empty `provenance` and the bare layers.
+        table, None without one); `kinds`, the number of layers of each kind; `metrics` and `unjudged`, see
+        `CompressionReport`; `stored` and `dense`, the weights of the compressed linear layers now and before;
+        `model_stored` and `model_dense`, the same for all tensors; `bytes` and `model_bytes`, what these take now;
+        `provenance`; and `layers`, a list of objects with `name`, `kind`, `rank`, `bits`, `stored`, `dense`, `bytes`
+        and whatever else the report says of the layer. A checkpoint that was saved again without its manifest has an
+        empty `provenance` and the bare layers.
 
     Raises:
         GfwsvdError: when the folder is no checkpoint of this format, or one that was cut short or changed.
@@ -276,6 +277,8 @@ def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
         **{key: section.get(key) for key in ("format_version", "method", "keep", "kept")},
         "time_kept": report.get("time_kept"),
         "kinds": dict(Counter(layer.kind for layer in layers.values())),
+        "metrics": report.get("metrics"),
+        "unjudged": report.get("unjudged"),
         "stored": sizes,
         "dense": dense,
         "model_stored": model_stored,

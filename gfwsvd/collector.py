@@ -128,6 +128,7 @@ class Collector:
                 self._run(batch)
         for name, stats in self.group.layers.items():
             stats.heldout_x, stats.heldout_g = (torch.cat(parts) for parts in zip(*rows[name], strict=True))
+            stats.heldout_lengths = [len(x) for x, _ in rows[name]]
 
     def check_gradients(self) -> None:
         """GfwsvdError if no gradient has come to some layer."""

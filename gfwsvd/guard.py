@@ -87,7 +87,7 @@ def judged_decomposition(
     Raises:
         GfwsvdError: as `decompose`.
     """
-    if not guard or None in row.matrices or stats.heldout_g is None or rank < 1:
+    if not guard or None in row.matrices or stats.heldout_g is None:
         return Judged(decompose(weight, *metrics, damping=damping, name=name), "two-sided", {})
     best: Judged | None = None
     losses: dict[str, float] = {}
@@ -103,7 +103,7 @@ def judged_decomposition(
             predicted = (energy[rank:].sum() / energy.sum()).item()
             if losses[choice] <= SUSPICION * predicted * heldout_costs(weight.double(), stats).mean().item():
                 return best
-        elif losses[choice] < losses[best.choice] and _is_certain(first - costs):
+        elif losses[choice] < losses[best.choice] and _is_certain(first - costs, stats.heldout_lengths):
             best = Judged(found, choice, losses)
     assert best is not None
     return best
@@ -117,6 +117,11 @@ def heldout_costs(error: Tensor, stats: LayerStatistics) -> Tensor:
     return 0.5 * ((x @ error.T) * g).sum(1).square() / stats.gradient_scale**2
 
 
-def _is_certain(gains: Tensor) -> bool:
-    """Whether the mean of `gains` is above zero by two standard errors."""
-    return len(gains) > 1 and bool(gains.mean() > 2 * gains.std() / len(gains) ** 0.5)
+def _is_certain(gains: Tensor, lengths: list[int]) -> bool:
+    """Whether the mean of `gains (M,)`, one a held-out token, is above zero by two standard errors. These are from sums
+    over sequences, of these `lengths`, since tokens of one sequence are not independent; where two sequences are not
+    known, over single tokens."""
+    lengths = lengths if len(lengths) > 1 else [1] * len(gains)
+    count, mean = len(lengths), gains.mean()
+    deviations = torch.stack([part.sum() for part in (gains - mean).split(lengths)])
+    return count > 1 and bool(mean * len(gains) > 2 * (deviations.square().sum() * count / (count - 1)).sqrt())

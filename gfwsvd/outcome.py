@@ -1,12 +1,17 @@
 """What a compression did, layer by layer: the report that is written beside a model."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .calibration import HELDOUT_SHARE
 from .checkpoint import MANIFEST, read_manifest
 from .errors import GfwsvdError
+from .methods import METHODS
+
+_DERIVED = ("metrics", "unjudged")  # what the JSON of a report says beside its fields
 
 
 @dataclass
@@ -99,15 +104,35 @@ class CompressionReport:
     model_dense_bytes: int | None = None
     round_losses: list[float] = field(default_factory=list)
 
+    @property
+    def metrics(self) -> dict[str, int] | None:
+        """How many layers were factored by each of `guard.CHOICES`, of those that held-out tokens judged; None where
+        they judged none."""
+        counts = Counter(layer.metrics for layer in self.layers if layer.heldout_losses)
+        return dict(counts.most_common()) or None
+
+    @property
+    def unjudged(self) -> str | None:
+        """Why the guard judged no metrics though it was on and there were some to choose, and what to do; else None."""
+        row = METHODS.get(self.method)
+        if not self.guard or row is None or None in row.matrices or self.metrics:
+            return None
+        return (
+            f"no held-out tokens to judge metrics by, so all are two-sided: expected one of {HELDOUT_SHARE} sequences, "
+            f"got none of {self.provenance.get('num_sequences')}; calibrate on {HELDOUT_SHARE} sequences or more, by a "
+            "loss of your own in batches no larger than that share, or with --heldout N; --no-guard asks for none"
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
+        """The report as plain JSON values: its fields, `metrics` and `unjudged`."""
+        return {**asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CompressionReport":
         """The report of `to_json`'s values; GfwsvdError where they are not one."""
         try:
-            return cls(**{**values, "layers": [LayerReport(**layer) for layer in values["layers"]]})
+            fields = {name: value for name, value in values.items() if name not in _DERIVED}
+            return cls(**{**fields, "layers": [LayerReport(**layer) for layer in values["layers"]]})
         except (KeyError, TypeError) as error:
             raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
 

@@ -44,12 +44,18 @@ def unpack_layers(
     shared: dict[str, Tensor] = {}
     layers = {}
     for name, entry in entries.items():
-        layers[name] = LayerStatistics(**{number: entry[number] for number in NUMBERS})
+        layers[name] = LayerStatistics(**_numbers(entry))
         for field, key in entry["tensors"].items():
             if key not in shared:
                 shared[key] = tensors[key].to(devices[name])
             setattr(layers[name], field, shared[key])
     return layers
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a layer's entry; files from before there were `heldout_lengths` have none."""
+    entry = {"heldout_lengths": [], **entry}
+    return {number: entry[number] for number in NUMBERS}
 
 
 class StoredLayer(LayerStatistics):
@@ -66,7 +72,7 @@ class StoredLayer(LayerStatistics):
             unseen: digests of the tensors of the file, by `work.digest_of`, which all layers in it share: each tensor
                 is compared with its own when it is first read, and the digest removed.
         """
-        vars(self).update({number: entry[number] for number in NUMBERS}, file=file, entry=entry, unseen=unseen or {})
+        vars(self).update(_numbers(entry), file=file, entry=entry, unseen=unseen or {})
 
     def compare(self) -> None:
         """Reads the tensors that were not compared with their digests yet; GfwsvdError as `read`."""

@@ -112,7 +112,7 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
     parts = [
         f"<p>{_summary(report)}</p>",
         *(f"<p>{count} {_KINDS[kind]}{_text(reason)}.</p>" for (kind, reason), count in reasons.items()),
-        _guard(report.layers),
+        _guard(report),
         _rounds(report.round_losses),
         _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
@@ -151,17 +151,16 @@ def _summary(report: CompressionReport) -> str:
     )
 
 
-def _guard(layers: Sequence[LayerReport]) -> str:
-    """Which metrics the layers were factored by, where held-out tokens judged that."""
-    judged = [layer for layer in layers if layer.heldout_losses]
-    if not judged:
-        return ""
-    counts = Counter(layer.metrics for layer in judged)
+def _guard(report: CompressionReport) -> str:
+    """Which metrics the layers were factored by, where held-out tokens judged that, or why they did not."""
+    if report.metrics is None:
+        return f"<p>Metrics were not judged: {_text(report.unjudged)}.</p>" if report.unjudged else ""
+    judged = [layer for layer in report.layers if layer.heldout_losses]
     chosen = sum(layer.heldout_losses[layer.metrics] for layer in judged)
     first = sum(next(iter(layer.heldout_losses.values())) for layer in judged)
     return (
         f"<p>Judged by held-out tokens, {len(judged)} layers were factored by these metrics: "
-        f"{_text(', '.join(f'{choice} {count}' for choice, count in counts.most_common()))}. At the ranks they were "
+        f"{_text(', '.join(f'{choice} {count}' for choice, count in report.metrics.items()))}. At the ranks they were "
         f"judged at, that lowers their summed loss from {_number(first, '.4g')} to {_number(chosen, '.4g')}.</p>"
     )
 

@@ -46,6 +46,7 @@ class LayerStatistics:
         squared_parts: by matrix, the sum of the squared Frobenius norms of its parts; random probes estimate it.
         heldout_x, heldout_g: inputs (M, D_IN) and scaled gradients (M, D_OUT), bfloat16, of tokens of sequences that
             count in nothing above; layers with the same input share one tensor.
+        heldout_lengths: of these M tokens, how many each sequence has, in order; [] in statistics from before it was.
     """
 
     d_in: int
@@ -66,6 +67,7 @@ class LayerStatistics:
     squared_parts: dict[str, float] = field(default_factory=dict)
     heldout_x: Tensor | None = None
     heldout_g: Tensor | None = None
+    heldout_lengths: list[int] = field(default_factory=list)
 
     def merge(self) -> None:
         """Adds up what the processes of a job accumulated, each from samples of its own and of the same gradient scale:

@@ -2,22 +2,30 @@
 
 import pytest
 import torch
-from oracles import gradients_per_token
+from oracles import gradients_per_token, symmetric
 from torch import nn
+from typer.testing import CliRunner
 
 from gfwsvd import collector, guard
 from gfwsvd.calibration import calibrate
+from gfwsvd.cli import app
+from gfwsvd.cli_app import summary
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.factorize import decompose
-from gfwsvd.guard import CHOICES, heldout_costs, judged_decomposition
+from gfwsvd.folders import read_json, sealed, write_json
+from gfwsvd.guard import CHOICES, chosen_metrics, heldout_costs, judged_decomposition
+from gfwsvd.hf import save_pretrained
 from gfwsvd.layers import find_linears
 from gfwsvd.methods import METHODS
+from gfwsvd.outcome import read_report
+from gfwsvd.output import print_values
 from gfwsvd.statistics import LayerStatistics, accumulate_inputs, accumulate_outputs
+from gfwsvd.store import JSON_NAME, load_statistics, save_statistics
 from tiny_models import random_tokens, tiny_model
 
 D_OUT, D_IN, RANK = 12, 16, 4
-OPTIONS = {"rank": RANK, "damping": 1e-2, "name": "layer"}
+OPTIONS = {"damping": 1e-2, "name": "layer"}
 
 
 def _root(size, seed, decay):
@@ -45,11 +53,11 @@ def _stats(tokens, roots, *, heldout_roots=None, seed=0):
     return stats
 
 
-def _judge(stats, *, guarded=True, method="kfac"):
+def _judge(stats, *, guarded=True, method="kfac", rank=RANK):
     row = METHODS[method]
     weight = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(3))
     metrics = row.left(stats, stats.num_tokens), row.right(stats)
-    return weight, metrics, judged_decomposition(weight, metrics, stats, row, guard=guarded, **OPTIONS)
+    return weight, metrics, judged_decomposition(weight, metrics, stats, row, guard=guarded, rank=rank, **OPTIONS)
 
 
 def test_metrics_that_hold_for_held_out_tokens_are_kept():
@@ -99,6 +107,89 @@ def test_without_guard_or_held_out_tokens_or_for_one_sided_methods_nothing_is_ju
     assert judged.losses == {} and judged.choice == "two-sided"
 
 
+def test_at_rank_zero_the_error_is_the_whole_weight_by_any_metrics():
+    stats = _stats(8, (_root(D_IN, 0, 0.3), _root(D_OUT, 1, 0.3)))
+    weight, _, judged = _judge(stats, rank=0)
+    assert judged.choice == "two-sided"
+    assert judged.losses == {"two-sided": heldout_costs(weight.double(), stats).mean().item()}
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_few_tokens_of_a_metric_near_the_identity_are_best_shrunk(seed):
+    judged = _judge(_stats(24, (_root(D_IN, 0, 0.5), _root(D_OUT, 1, 0.5)), seed=seed))[-1]
+    assert judged.choice == "shrunk"
+    others = [loss for choice, loss in judged.losses.items() if choice != "shrunk"]
+    assert judged.losses["shrunk"] < 0.95 * min(others), "the identity alone is not as good"
+
+
+@pytest.mark.parametrize("method", ["kfac", "gfwsvd"])
+def test_each_side_is_shrunk_by_the_share_that_its_own_noise_asks_for_and_keeps_its_trace(method):
+    """By the formula of Ledoit and Wolf, in float64 on full matrices."""
+    stats, row = _stats(24, (_root(D_IN, 0, 0.5), _root(D_OUT, 1, 1))), METHODS[method]
+    stats.left, stats.right = stats.output_moment, stats.input_moment
+    stats.trace, stats.squared_parts = 1.0, {**stats.squared_parts}
+    for factor, moment in (("left", "output_moment"), ("right", "input_moment")):
+        stats.squared_parts[factor] = stats.squared_parts[moment]
+    metrics = row.left(stats, stats.num_tokens), row.right(stats)
+    shares = []
+    for metric, matrix, shrunk in zip(
+        metrics, row.matrices, chosen_metrics("shrunk", metrics, stats, row), strict=True
+    ):
+        exact = symmetric(getattr(stats, matrix))
+        parts, energy = stats.num_parts, exact.square().sum()
+        noise = (stats.squared_parts[matrix] - energy / parts) * parts / (parts - 1)
+        sphere = torch.eye(len(exact)).double() * exact.trace() / len(exact)
+        shares.append((noise / (exact - sphere).square().sum()).item())
+        expected = ((1 - shares[-1]) * exact + shares[-1] * sphere) * (metric.double().trace() / exact.trace())
+        torch.testing.assert_close(shrunk.double(), expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+        assert shrunk.double().trace().item() == pytest.approx(metric.double().trace().item(), rel=1e-6)
+    assert 0.1 < min(shares) < 0.9 * max(shares) < 0.9, "neither side could take the other's share"
+
+
+def test_what_has_no_known_noise_is_not_shrunk():
+    stats, row = _stats(24, (_root(D_IN, 0, 0.5), _root(D_OUT, 1, 1))), METHODS["kfac"]
+    stats.squared_parts = {}
+    metrics = row.left(stats, stats.num_tokens), row.right(stats)
+    assert all(map(torch.equal, chosen_metrics("shrunk", metrics, stats, row), metrics))
+
+
+def test_gains_that_a_sequence_shares_count_once_however_many_tokens_it_has():
+    generator, certain = torch.Generator().manual_seed(0), []
+    for gains in torch.randn(50, 4, generator=generator, dtype=torch.float64) + 1:
+        certain.append(guard._is_certain(gains, [1] * 4))
+        assert guard._is_certain(gains.repeat_interleave(100), [100] * 4) == certain[-1]
+    assert 5 < sum(certain) < 45
+
+
+def test_chance_among_sequences_of_any_lengths_is_rarely_certain():
+    """A mean of zero is two standard errors above it in 2 % of the cases, in a few more with eight sequences."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 10, 20, 30, 30, 40, 50, 60]
+    by_sequence, by_token = 0, 0
+    for _ in range(400):
+        shared = torch.randn(len(lengths), generator=generator).repeat_interleave(torch.tensor(lengths))
+        gains = shared + torch.randn(sum(lengths), generator=generator)
+        by_sequence += guard._is_certain(gains, lengths)
+        by_token += guard._is_certain(gains, [])
+    assert 0.005 < by_sequence / 400 < 0.1 < 0.25 < by_token / 400
+
+
+def test_a_gain_that_one_sequence_alone_has_changes_no_metrics():
+    stats = _stats(24, (_root(D_IN, 0, 0.5), _root(D_OUT, 1, 0.5)), seed=1)
+    weight, metrics, judged = _judge(stats)
+    assert judged.choice == "shrunk", "as single tokens"
+    first = decompose(weight, *metrics, damping=1e-2, name="layer")
+    costs = []
+    for found in (first, judged.found):
+        up, down = found.factors(weight, RANK)
+        costs.append(heldout_costs(weight.double() - up @ down, stats))
+    order = (costs[0] - costs[1]).argsort()
+    stats.heldout_x, stats.heldout_g = stats.heldout_x[order], stats.heldout_g[order]
+    stats.heldout_lengths = [1000, 1000]
+    judged = _judge(stats)[-1]
+    assert judged.choice == "two-sided" and judged.losses["shrunk"] < judged.losses["two-sided"]
+
+
 def _cross_entropy(model, batch):
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
     return nn.functional.cross_entropy(logits.mT, batch["input_ids"][:, 1:], reduction="none")
@@ -129,6 +220,7 @@ def test_held_out_sequences_are_in_no_sum_and_the_same_for_any_split_into_batche
             assert (getattr(stats, field) - expected).norm() < 1e-4 * expected.norm()
         assert stats.heldout_x.shape == (32, stats.d_in)
         assert torch.equal(stats.heldout_x, again.layers[name].heldout_x)
+        assert stats.heldout_lengths == again.layers[name].heldout_lengths == [8] * 4
         assert rest.layers[name].heldout_x is None
 
 
@@ -141,6 +233,30 @@ def test_one_sequence_of_sixteen_is_held_out_where_gradients_are_collected(monke
     assert calibrate(tiny_model("llama"), batches, collect=["inputs"]).num_heldout == 0
 
 
+def test_each_held_out_sequence_is_known_by_the_tokens_it_has_without_padding(monkeypatch):
+    monkeypatch.setattr(collector, "HELDOUT_TOKENS", 12)
+    mask = torch.ones(5, 8, dtype=torch.int64)
+    mask[-1, 5:] = mask[-2, 7:] = 0
+    found = calibrate(tiny_model("llama"), [{"input_ids": random_tokens(5, 8), "attention_mask": mask}], heldout=3)
+    for stats in found.layers.values():
+        assert stats.heldout_lengths == [4, 3, 2], "every second token of 8, 7 and 5"
+        assert len(stats.heldout_x) == len(stats.heldout_g) == 9
+
+
+def test_statistics_from_before_the_lengths_were_kept_load_and_count_single_tokens(tmp_path):
+    statistics = calibrate(tiny_model("llama"), [{"input_ids": random_tokens(5, 8)}], heldout=2)
+    save_statistics(statistics, tmp_path / "stats")
+    described = read_json(tmp_path / "stats" / JSON_NAME)
+    for entry in described["layers"].values():
+        assert entry.pop("heldout_lengths") == [8, 8]
+    described.pop("seal")
+    write_json(tmp_path / "stats" / JSON_NAME, sealed(described))
+    found = load_statistics(tmp_path / "stats")[0]
+    for name, stats in found.layers.items():
+        assert stats.heldout_lengths == []
+        assert torch.equal(stats.heldout_g, statistics.layers[name].heldout_g)
+
+
 def test_the_report_says_which_metrics_each_layer_was_factored_by_and_what_they_cost():
     batches = [{"input_ids": random_tokens(32, 16)}]
     report = compress(tiny_model("llama"), batches, keep=0.6, rank_multiple=1)
@@ -149,7 +265,48 @@ def test_the_report_says_which_metrics_each_layer_was_factored_by_and_what_they_
         assert list(layer.heldout_losses) in (["two-sided"], list(CHOICES))
         assert layer.metrics in CHOICES
         assert layer.heldout_losses[layer.metrics] <= layer.heldout_losses["two-sided"]
-    assert not any(layer.heldout_losses for layer in compress(tiny_model("llama"), batches, guard=False).layers)
+    assert sum(report.metrics.values()) == len(report.layers) and report.unjudged is None
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Statistics of too few sequences to hold one out."""
+    return calibrate(tiny_model("llama"), [{"input_ids": random_tokens(8, 8)}])
+
+
+def test_without_held_out_tokens_report_and_summary_say_so_unless_the_guard_is_off(few, tmp_path, capsys):
+    model = tiny_model("llama")
+    report = compress(model, statistics=few)
+    told = "no held-out tokens to judge metrics by, so all are two-sided: expected one of 16 sequences, got none of 8; "
+    assert report.guard and report.metrics is None and report.unjudged.startswith(told)
+    save_pretrained(model, tmp_path / "out", report=report)
+    assert read_report(tmp_path / "out").unjudged == report.unjudged == report.to_json()["unjudged"]
+    print_values(summary(report, tmp_path), json_output=False)
+    inspected = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    for shown in (capsys.readouterr().out, inspected):
+        assert told + "calibrate on 16 sequences or more" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("options", [{"guard": False}, {"method": "svd_llm"}])
+def test_where_the_guard_is_off_or_has_nothing_to_choose_nothing_is_said(few, options, tmp_path):
+    report = compress(tiny_model("llama"), statistics=few, **options)
+    assert report.unjudged is report.metrics is summary(report, tmp_path)["unjudged"] is None
+
+
+def test_summary_inspection_and_card_count_the_metrics_chosen(few, tmp_path, capsys):
+    model = tiny_model("llama")
+    report = compress(model, statistics=few)
+    for number, layer in enumerate(report.layers[:-1]):
+        layer.metrics = "shrunk" if number in (3, 7) else "two-sided"
+        layer.heldout_losses = {"two-sided": 2.0, "shrunk": 1.0}
+    assert report.metrics == {"two-sided": 11, "shrunk": 2} and report.unjudged is None
+    save_pretrained(model, tmp_path / "out", report=report)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| layers by two-sided metrics | 11 |" in card and "| layers by shrunk metrics | 2 |" in card
+    print_values(summary(report, tmp_path), json_output=False)
+    inspected = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    for shown in (capsys.readouterr().out, inspected):
+        assert "metrics two-sided 11, shrunk 2" in " ".join(shown.split())
 
 
 def test_batches_of_a_users_loss_are_never_cut():

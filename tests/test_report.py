@@ -56,6 +56,16 @@ def test_the_report_says_by_which_metrics_layers_were_factored_and_which_are_sto
     assert "left dense" not in text
 
 
+def test_the_report_says_that_no_held_out_tokens_were_there_to_judge_metrics_unless_the_guard_was_off(tmp_path):
+    bare = LayerReport("lm", "dense", 8, 8, None, 64, 64)
+    told = {}
+    for guard in (True, False):
+        shown = report([bare], guard=guard, provenance={"num_sequences": 8})
+        told[guard] = written(tmp_path, reports=[shown]).text
+    assert "Metrics were not judged: no held-out tokens" in told[True] and "got none of 8; calibrate" in told[True]
+    assert "judged" not in told[False]
+
+
 def deep_report(depth: int, **values: object) -> CompressionReport:
     names = [f"model.layers.{number}.{kind}" for number in range(depth) for kind in KINDS]
     return report([layer(name, rank=None if index % 7 == 6 else 16) for index, name in enumerate(names)], **values)

@@ -250,24 +250,26 @@ def test_the_noise_of_a_matrix_is_the_variance_of_a_sum_of_its_sequences(unit):
     offsets = OFFSETS if unit != "batch" else OFFSETS[[0, -1]]
     spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
     samples = [x[a:b].double().T @ g[a:b].double() for a, b in spans if a < b]
+
+    def factor_parts(rows, others):
+        return [rows[a:b].T @ (rows[a:b] * others[a:b].square().sum(1, keepdim=True)) for a, b in spans if a < b]
+
+    inputs, outputs = x.double(), g.double()
     exact = {
-        "input_moment": [x[a:b].double().T @ x[a:b].double() for a, b in spans if a < b],
-        "right": [
-            sum(torch.outer(row, row) * (out @ out) for row, out in zip(x[a:b].double(), g[a:b].double(), strict=True))
-            for a, b in spans
-            if a < b
-        ]
-        if unit == "token"
-        else [sample @ sample.T for sample in samples],
+        "input_moment": [inputs[a:b].T @ inputs[a:b] for a, b in spans if a < b],
+        "output_moment": [outputs[a:b].T @ outputs[a:b] for a, b in spans if a < b],
+        "left": factor_parts(outputs, inputs) if unit == "token" else [sample.T @ sample for sample in samples],
+        "right": factor_parts(inputs, outputs) if unit == "token" else [sample @ sample.T for sample in samples],
     }
     found = {name: [] for name in exact}
     for extra in range(200):
-        wide = torch.cat((x, torch.zeros(len(x), extra)), 1)
-        stats = _swept(wide, g, unit=unit, sweeps=1, offsets=offsets)
-        accumulate_inputs(stats, wide, offsets)
-        energy = sum(exact["right"]).norm() ** 2  # the factor has norm one
-        found["input_moment"].append(stats.squared_parts["input_moment"])
-        found["right"].append(stats.squared_parts["right"] * energy.item())
+        wide_x, wide_g = (torch.cat((rows, torch.zeros(len(rows), extra)), 1) for rows in (x, g))
+        stats = _swept(wide_x, wide_g, unit=unit, sweeps=1, offsets=offsets)
+        accumulate_inputs(stats, wide_x, offsets)
+        accumulate_outputs(stats, wide_x, wide_g, offsets)
+        for name, estimates in found.items():
+            size = sum(exact[name]).norm().item() if name in ("left", "right") else 1.0  # of a factor, to norm one
+            estimates.append(stats.squared_parts[name] * size**2)
     for name, parts in exact.items():
         expected = sum(part.norm() ** 2 for part in parts).item()
         estimates = torch.tensor(found[name], dtype=torch.float64)
