@@ -1,7 +1,7 @@
 """Calibration: passes over the data that fill the statistics of every layer, streaming."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ranked
+from .batches import fitted, num_rows
 from .budget import layer_groups
 from .checks import check_tokens
-from .collector import num_rows
 from .errors import GfwsvdError
 from .hooks import frozen, watch
 from .layers import dense_weight, find_linears, fingerprint, layer_device, model_device, weight_shape
@@ -40,8 +40,8 @@ class Statistics:
         settings: unit, labels, sweeps, online, clip, seed and start of the Kronecker factors.
         num_losses: loss terms (predicted tokens) of one pass.
         num_sequences: sequences of one pass.
-        num_heldout: sequences that were kept out of all sums.
-        num_skipped: sequences of batches whose loss was NaN or inf, which are in no sum.
+        num_heldout: sequences that were kept out of all sums, to judge these by.
+        num_skipped: sequences whose loss was NaN or inf, which are left out of all that.
         batch_rows: most sequences of a batch after memory ran out; 0 if it did not.
         data_sha256: of the calibration batches.
         model_sha256: of the layers' weights (`layers.fingerprint`).
@@ -113,8 +113,9 @@ def calibrate(
         track: wraps the batches of each pass to show progress.
 
     In a job of several processes (`torch.distributed`, initialised) each takes its share of the batches, and all end
-    with the same statistics. A batch with a loss of NaN or inf is left out with a warning, up to one sequence of 20;
-    where memory runs out, batches are halved with a warning, unless their rows belong together.
+    with the same statistics. A sequence with a loss of NaN or inf is left out with a warning, up to one of 20; where
+    memory runs out, batches are halved with a warning. Where rows belong together, with a loss of your own or the unit
+    "batch", a whole batch is left out, and none is halved. With `work`, Ctrl-C ends it after the batch in hand.
 
     Raises:
         GfwsvdError: unknown settings, no batch, sequences too long for the model or of tokens it does not have, NaN or
@@ -146,18 +147,31 @@ def calibrate(
     run = loss or (forward if collect == {INPUTS} else next_token_loss(labels, seed))
     with frozen(model):
         linears = find_linears(model, exclude=exclude)
-        leaders = input_leaders(model, linears, batches[0], loss or forward)
+        splits, first, rows = loss is None and unit != "batch", batches[:1], 0
+        leaders, rows = fitted(
+            lambda parts: input_leaders(model, linears, parts[0], loss or forward), first, rows, splits=splits
+        )
         reached = {name: linears[name] for name in linears if name in leaders}
         if not reached:
             raise GfwsvdError(f"no linear layer of {type(model).__name__} ran in the forward pass of the first batch")
         sizes = {name: weight_shape(module)[::-1] for name, module in reached.items()}
         if start is not None:
             _check_start(start, sizes)
-        room, on_host = None, model_device(model).type == "cpu"
-        if device_memory is not None or host_memory is not None:
-            in_use = _bytes_in_use(model, reached, batches[0], run, backward=backward)
+        on_host = model_device(model).type == "cpu"
+
+        def within_budget() -> tuple[list[list[str]], int]:
+            in_use, most = fitted(
+                lambda parts: _bytes_in_use(model, reached, parts[0], run, backward=backward),
+                first,
+                rows,
+                splits=splits,
+            )
             room = _room(device_memory, host_memory, in_use, on_host=on_host)
-        groups = layer_groups(sizes, leaders, room, sweeps=sweeps, online=online)
+            return layer_groups(sizes, leaders, room, sweeps=sweeps, online=online), most
+
+        groups = layer_groups(sizes, leaders, None)
+        if device_memory is not None or host_memory is not None:
+            groups, rows = _agreed(within_budget, work)
         passes = Passes(
             model=model,
             linears=reached,
@@ -167,11 +181,12 @@ def calibrate(
             start={} if start is None else start.layers,
             batches=_share(batches, online=online),
             heldout=heldout_batches,
-            first=batches[0],
+            num_sequences=sum(map(num_rows, [*batches, *heldout_batches])),
+            batch_rows=rows,
             loss=run,
             collect=collect,
             settings=settings,
-            splits=loss is None and unit != "batch",
+            splits=splits,
             work=work,
             track=track,
         )
@@ -185,7 +200,7 @@ def calibrate(
             settings=settings,
             num_losses=found[0].num_losses,
             num_sequences=found[0].num_sequences,
-            num_heldout=sum(map(num_rows, heldout_batches)),
+            num_heldout=found[0].num_heldout,
             num_skipped=found[0].num_skipped,
             batch_rows=found[-1].batch_rows,
             data_sha256=data_sha256([*batches, *heldout_batches]),
@@ -301,6 +316,20 @@ def input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Bat
         run(model, _to_device(batch, model))
     firsts: dict[tuple[int, ...], str] = {}
     return {name: firsts.setdefault(tuple(map(id, seen)), name) for name, seen in inputs.items()}
+
+
+def _agreed(find: Callable[[], tuple[list[list[str]], int]], work: Work | None) -> tuple[list[list[str]], int]:
+    """The groups of layers, and the most sequences at a time, that rank 0 finds: for all processes, and for good, since
+    memory may be measured otherwise when the work goes on."""
+    if work is not None and work.has("groups"):
+        kept = work.values("groups")
+        found = kept["groups"], kept["batch_rows"]
+    else:
+        found = find()
+    groups, rows = ranked.gathered(found)[0]
+    if work is not None and ranked.rank() == 0:
+        work.save("groups", {}, {"groups": groups, "batch_rows": rows})
+    return groups, rows
 
 
 def _room(device_memory: int | None, host_memory: int | None, in_use: int, *, on_host: bool) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import NotFinite, num_rows, run_finite
 from .errors import GfwsvdError
 from .hooks import watch
 from .kronecker import Sketch, Sweep
@@ -26,10 +27,6 @@ from .statistics import (
 )
 
 
-class NotFinite(GfwsvdError):
-    """NaN or inf in a forward pass: nothing of its batch is in any sum."""
-
-
 @dataclass
 class Group:
     """Layers whose statistics are collected together, and how far that has come.
@@ -38,7 +35,9 @@ class Group:
         layers: by name.
         number: passes that are done.
         rows: sequences that the present pass has seen, of those of this process.
-        num_losses, num_sequences, num_skipped: of the first pass; skipped are sequences of batches with a NaN loss.
+        num_losses, num_sequences: of the first pass.
+        num_heldout: sequences that are held out.
+        num_skipped: sequences that are left out of all that, for NaN or inf.
         seconds: wall time of each pass, the present one included.
         batch_rows: most sequences at a time, since memory was short; 0 for no limit.
         sweeps: of the present pass, by layer.
@@ -50,6 +49,7 @@ class Group:
     rows: int = 0
     num_losses: int = 0
     num_sequences: int = 0
+    num_heldout: int = 0
     num_skipped: int = 0
     seconds: list[float] = field(default_factory=list)
     batch_rows: int = 0
@@ -100,19 +100,8 @@ class Collector:
             group.num_losses += self.num_losses
             group.num_sequences += self.num_sequences
 
-    def settle_scales(self, batch: Batch) -> None:
-        """Only sets the gradient scales, by a batch that another process collects."""
-
-        def settle(name: str, x: Tensor, g: Tensor) -> None:
-            self._scaled_rows(name, x, g)
-
-        with watch(self.linears, on_input=self._see_input, on_gradient=settle):
-            self._run(batch)
-        for stats in self.group.layers.values():
-            stats.gradient_scale = stats.gradient_scale or 1.0
-
-    def hold_out(self, batches: Iterable[Batch], num_heldout: int) -> None:
-        """Keeps some tokens of each layer of sequences that are in no sum."""
+    def hold_out(self, batches: Iterable[Batch], num_heldout: int, *, splits: bool) -> tuple[int, str]:
+        """Keeps some tokens of each layer of sequences that are in no sum; returns what `run_finite` does."""
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.linears}
         quota = max(1, HELDOUT_TOKENS // num_heldout)
 
@@ -124,11 +113,13 @@ class Collector:
                 rows[name].append((x[chosen].bfloat16(), g[chosen].bfloat16()))
 
         with watch(self.linears, on_input=self._see_input, on_gradient=keep):
-            for batch in batches:
-                self._run(batch)
+            left_out = run_finite(self._run, batches, splits=splits)
+        if not any(rows.values()):
+            return left_out
         for name, stats in self.group.layers.items():
             stats.heldout_x, stats.heldout_g = (torch.cat(parts) for parts in zip(*rows[name], strict=True))
             stats.heldout_lengths = [len(x) for x, _ in rows[name]]
+        return left_out
 
     def check_gradients(self) -> None:
         """GfwsvdError if no gradient has come to some layer."""
@@ -229,19 +220,3 @@ class Collector:
         if not self.width:
             return rows, torch.arange(0, tokens + 1, tokens // self.num_sequences)
         return rows[self.kept.to(rows.device)], self.offsets
-
-
-def num_rows(batch: Batch) -> int:
-    """Sequences of a batch."""
-    return next(iter(batch.values())).shape[0]
-
-
-def split_rows(batches: Iterable[Batch], most: int, skip: int = 0) -> list[Batch]:
-    """The batches without their first `skip` rows, in parts of at most `most` rows (0 for no limit)."""
-    parts: list[Batch] = []
-    for batch in batches:
-        rows = num_rows(batch)
-        first, skip = min(skip, rows), max(0, skip - rows)
-        for start in range(first, rows, most or rows):
-            parts.append({name: value[start : start + (most or rows)] for name, value in batch.items()})
-    return parts

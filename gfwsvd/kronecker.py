@@ -93,18 +93,23 @@ class Sweep:
         self.trace = float(self.trace)
         settle(self.squared_parts)
 
-    def merge(self) -> None:
-        """Adds up what the processes of a job accumulated, each from samples of its own."""
-        common = gathered(self.scales)[0]
+    def merge(self, grown: float = 1.0) -> None:
+        """Adds up what the processes of a job accumulated, each from samples of its own.
+
+        Args:
+            grown: by how much the squares of this process's gradients grow for the common gradient scale.
+        """
+        scales = self.scales or (1.0, 1.0)
+        common = gathered(scales)[0]
         for factor, name, ours, theirs in zip(
-            (self.left, self.right), self.squared_parts, self.scales, common, strict=False
+            (self.left, self.right), self.squared_parts, scales, common, strict=False
         ):
-            factor *= theirs / ours  # powers of two
-            self.squared_parts[name] *= (theirs / ours) ** 2
+            factor *= grown * theirs / ours  # powers of two
+            self.squared_parts[name] *= (grown * theirs / ours) ** 2
         self.scales = common
-        numbers = summed({"trace": float(self.trace), **self.squared_parts})
+        numbers = summed({"trace": float(self.trace) * grown, **self.squared_parts})
         self.trace, self.squared_parts = numbers.pop("trace"), numbers
-        sketched = [] if self.sketch is None else [self.sketch.total]
+        sketched = [] if self.sketch is None else [self.sketch.total.mul_(grown)]
         add_up(tensor for tensor in (self.left, self.right, *sketched) if tensor is not None)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,14 +5,17 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ranked
-from .collector import Collector, Group, NotFinite, num_rows, split_rows
+from .batches import fitted, halved, num_rows, run_finite, split_rows
+from .collector import Collector, Group
 from .errors import GfwsvdError
+from .interrupts import noted_interrupts
 from .kronecker import Sketch, Sweep
 from .losses import Batch, Loss
 from .methods import KRONECKER
@@ -23,8 +26,8 @@ from .work import Work
 
 SNAPSHOT_SECONDS = 60.0  # between states of a pass, and at least so many times what writing one takes:
 SNAPSHOT_COST = 20
-SKIPPED_SHARE = 20  # a loss that is NaN or inf costs its batch, up to one sequence of so many
-_PROGRESS = ("number", "rows", "num_losses", "num_sequences", "num_skipped", "seconds", "batch_rows")
+SKIPPED_SHARE = 20  # a sequence whose loss is NaN or inf is left out, up to one of so many
+_PROGRESS = ("number", "rows", "num_losses", "num_sequences", "num_heldout", "num_skipped", "seconds", "batch_rows")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Passes:
         sizes, devices: (d_in, d_out) of each layer, in the model's order, and where its statistics are.
         start: earlier statistics whose Kronecker factors to go on from, by layer.
         batches: of this process. `heldout` is the same in all processes.
-        first: the first batch of all.
-        splits: whether batches may be split where memory is short.
+        num_sequences: of all processes together, those held out included.
+        batch_rows: most sequences at a time, since memory was short; 0 for no limit.
+        splits: whether batches may be split.
         work: keeps what is done, for all processes.
     """
 
@@ -49,7 +53,8 @@ class Passes:
     start: Mapping[str, LayerStatistics]
     batches: Sequence[Batch]
     heldout: Sequence[Batch]
-    first: Batch
+    num_sequences: int
+    batch_rows: int
     loss: Loss
     collect: frozenset[str]
     settings: Mapping[str, Any]
@@ -87,46 +92,49 @@ class Passes:
     def _complete(self, names: Sequence[str], label: str, title: str) -> Group:
         group = self._begun(names, label)
         while self._active(group):
-            short: str | None = None
             try:
-                self._run_pass(group, label, title)
+                with noted_interrupts(self.work is not None) as interrupted:
+                    self._run_pass(group, label, title, interrupted)
+                continue
             except torch.OutOfMemoryError as error:
-                short = str(error)  # the error itself would keep the memory of the batch
-            if short is not None:
-                group = self._with_smaller_batches(group, names, label, short)
-        collector = self._collector(group)
-        if self.heldout:
-            parts = split_rows(self.heldout, group.batch_rows)
-            collector.hold_out(self.track(parts, f"held-out tokens{title}"), sum(map(num_rows, self.heldout)))
-        collector.finish()
+                reason = str(error)  # the error itself would keep the memory of the batch
+            rows = halved(split_rows(self.batches, group.batch_rows), reason, splits=self.splits)
+            group = self._again(group, names, label)
+            group.batch_rows = rows
+        self._hold_out(group, title)
+        self._collector(group).finish()
         return group
 
-    def _run_pass(self, group: Group, label: str, title: str) -> None:
-        """A sweep of the power iteration where Kronecker factors are wanted; the first pass also takes moments."""
+    def _run_pass(self, group: Group, label: str, title: str, interrupted: Event) -> None:
+        """A sweep of the power iteration where Kronecker factors are wanted; the first pass also takes moments. Ends
+        after the batch in which it is interrupted, which is kept."""
         passes = self.settings["sweeps"] if KRONECKER in self.collect else 1
         collector = self._collector(group)
-        if group.number == group.rows == 0 and collector.backward and ranked.rank():
-            collector.settle_scales(self.first)
         batches = split_rows(self.batches, group.batch_rows, skip=group.rows)
         if len(group.seconds) == group.number:
             group.seconds.append(0.0)
         before, began = group.seconds[-1], time.perf_counter()
         kept, pause = began, SNAPSHOT_SECONDS
         for batch in self.track(batches, f"calibration pass {group.number + 1} of {passes}{title}"):
-            try:
-                collector.collect_batch(batch)
-            except NotFinite as error:
-                self._skip(group, batch, error, collector)
+            splits = self.splits and collector.backward
+            left_out, reason = run_finite(collector.collect_batch, [batch], splits=splits)
+            if left_out and not collector.backward:  # what came before the NaN is in the sums
+                raise GfwsvdError(reason)
+            if left_out and group.number == 0:
+                self._leave_out(group, left_out, reason)
+                self._check_left_out(group, reason)
             group.rows += num_rows(batch)
             now = time.perf_counter()
             group.seconds[-1] = before + now - began
-            if self.work is not None and now - kept > pause:
+            if self.work is not None and (interrupted.is_set() or now - kept > pause):
                 self.work.save(_own(label), *_state(group, layers=group.number == 0))
                 kept = time.perf_counter()
                 pause = max(SNAPSHOT_SECONDS, SNAPSHOT_COST * (kept - now))
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        self._merge(group)
         if group.number == 0:
             collector.check_gradients()
-        self._merge(group)
         for name, sweep in group.sweeps.items():
             if (sketch := sweep.finish()) is not None:
                 group.sketches[name] = sketch
@@ -165,7 +173,7 @@ class Passes:
                 if name in self.start:
                     factors = self.start[name].left, self.start[name].right
                     stats.left, stats.right = (None if it is None else it.to(self.devices[name]) for it in factors)
-            group = Group(layers)
+            group = Group(layers, batch_rows=self.batch_rows)
         else:
             group = self._restored(*found)
         self._begin_pass(group)
@@ -192,48 +200,55 @@ class Passes:
             group.sketches[name].total = tensors[f"{name}/sketched"]
         return group
 
-    def _skip(self, group: Group, batch: Batch, error: NotFinite, collector: Collector) -> None:
-        if group.number:
+    def _hold_out(self, group: Group, title: str) -> None:
+        """Whatever happens to sequences that are held out, the passes were not in vain."""
+        collector, wanted = self._collector(group), sum(map(num_rows, self.heldout))
+        group.num_heldout = wanted
+        if not wanted or not collector.backward:
             return
-        group.num_skipped += num_rows(batch)
-        total = sum(map(num_rows, self.batches))
-        if not collector.backward or group.num_skipped * SKIPPED_SHARE > total:
-            raise GfwsvdError(
-                f"{error} ({group.num_skipped} of {total} sequences have such values, at most one of {SKIPPED_SHARE} "
-                "may be skipped)"
-            ) from error
-        warnings.warn(f"{error}; {num_rows(batch)} sequences are left out", stacklevel=2)
 
-    def _with_smaller_batches(self, group: Group, names: Sequence[str], label: str, error: str) -> Group:
-        """The group as it was at the last state, or at the start of the pass, with batches of half the size."""
-        rows = max(num_rows(batch) for batch in split_rows(self.batches, group.batch_rows))
-        if rows == 1 or not self.splits:
+        def hold_out(parts: list[Batch]) -> tuple[int, str]:
+            return collector.hold_out(self.track(parts, f"held-out tokens{title}"), wanted, splits=self.splits)
+
+        found, group.batch_rows = fitted(hold_out, self.heldout, group.batch_rows, splits=self.splits)
+        left_out, reason = found
+        if left_out:
+            group.num_heldout -= left_out
+            self._leave_out(group, left_out, reason)
+
+    def _leave_out(self, group: Group, left_out: int, reason: str) -> None:
+        group.num_skipped += left_out
+        warnings.warn(f"{reason}; {left_out} sequences are left out", stacklevel=2)
+
+    def _check_left_out(self, group: Group, reason: str) -> None:
+        if group.num_skipped * SKIPPED_SHARE > self.num_sequences:
             raise GfwsvdError(
-                f"out of memory with {rows} sequences in a batch{'' if self.splits else ', which belong together'}: "
-                f"take fewer or shorter ones, or a device memory budget ({error.splitlines()[0]})"
+                f"{reason} ({group.num_skipped} of {self.num_sequences} sequences have such values, at most one of "
+                f"{SKIPPED_SHARE} may be skipped)"
             )
-        warnings.warn(f"out of memory with batches of {rows} sequences: going on with {rows // 2}", stacklevel=2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+    def _again(self, group: Group, names: Sequence[str], label: str) -> Group:
+        """The group as it was at the last state, or at the start of the pass."""
         if self.work is not None or group.number == 0:
-            group = self._begun(names, label)
-        else:
-            group.rows = 0
-            self._begin_pass(group)
-        group.batch_rows = rows // 2
+            return self._begun(names, label)
+        group.rows = 0
+        self._begin_pass(group)
         return group
 
     def _merge(self, group: Group) -> None:
         """Adds up what all processes of the job have seen in this pass."""
         if ranked.world_size() == 1:
             return
+        grown: dict[str, float] = {}
         if group.number == 0:
+            if 0 in (seen := ranked.gathered(group.num_sequences)):
+                raise GfwsvdError(f"rank {seen.index(0)} got no sequence whose loss is finite: start fewer processes")
             counts = ("num_losses", "num_sequences", "num_skipped")
             vars(group).update(ranked.summed({name: getattr(group, name) for name in counts}))
-            for stats in group.layers.values():
-                stats.merge()
-        for sweep in group.sweeps.values():
-            sweep.merge()
+            self._check_left_out(group, "NaN or inf in losses or activations")
+            grown = {name: stats.merge() for name, stats in group.layers.items()}
+        for name, sweep in group.sweeps.items():
+            sweep.merge(grown.get(name, 1.0))
 
     def _collector(self, group: Group) -> Collector:
         return Collector(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ranked
-from .collector import num_rows
+from .batches import num_rows
 from .errors import GfwsvdError
 from .hooks import frozen, watch
 from .layers import LowRankLinear, dense_weight, loaded, model_device

@@ -16,7 +16,7 @@ from torch import Tensor
 from gfwsvd_kernels import gram_accumulate
 
 from .metrics import norm
-from .ranked import add_up, summed
+from .ranked import add_up, gathered, summed
 
 UNITS = ("token", "sequence", "batch")
 LABELS = ("empirical", "sampled")
@@ -69,15 +69,25 @@ class LayerStatistics:
     heldout_g: Tensor | None = None
     heldout_lengths: list[int] = field(default_factory=list)
 
-    def merge(self) -> None:
-        """Adds up what the processes of a job accumulated, each from samples of its own and of the same gradient scale:
-        all but the Kronecker factors."""
+    def merge(self) -> float:
+        """Adds up what the processes of a job accumulated, each from samples of its own: all but the Kronecker factors.
+        Gradients get the scale of the first process that has one; returns the factor by which this process's squares of
+        them grew for it, a power of two."""
+        scale = next(filter(None, gathered(self.gradient_scale)), 0.0)
+        grown = (scale / self.gradient_scale) ** 2 if self.gradient_scale else 1.0
+        self.gradient_scale = scale
+        for value in (self.output_moment, self.fisher_rows):
+            if value is not None:
+                value *= grown
+        if "output_moment" in self.squared_parts:
+            self.squared_parts["output_moment"] *= grown**2
         counts = summed({"num_tokens": self.num_tokens, "num_parts": self.num_parts})
         self.num_tokens, self.num_parts = int(counts["num_tokens"]), int(counts["num_parts"])
         moments = ("input_moment", "output_moment")
         self.squared_parts |= summed({name: self.squared_parts[name] for name in moments if name in self.squared_parts})
         sums = (self.input_moment, self.input_abs, self.output_moment, self.fisher_rows)
         add_up(value for value in sums if value is not None)
+        return grown
 
     def noise(self, matrix: str) -> float | None:
         """The share of the squared norm of a matrix that is chance: the variance of a sum of independent parts.

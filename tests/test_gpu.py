@@ -81,6 +81,26 @@ def test_a_memory_budget_of_the_gpu_is_kept_in_groups_of_the_same_statistics(tmp
             _agree(symmetric(getattr(stats, matrix)), expected[name, matrix], 1e-5)
 
 
+@pytest.mark.parametrize("budget", [None, 1 << 40])
+def test_a_gpu_that_is_too_small_for_the_batches_halves_them_and_the_sums_stay(budget):
+    model, ids = wide_model().cuda(), random_tokens(256, 256)
+    expected = calibrate(model, [{"input_ids": part} for part in ids.split(8)], sweeps=2)
+    torch.cuda.empty_cache()
+    share = (torch.cuda.memory_allocated() + (3 << 30)) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with pytest.warns(UserWarning, match="out of memory with batches of 256 sequences: going on with 128"):
+            found = calibrate(model, [{"input_ids": ids}], sweeps=2, device_memory=budget)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 0 < found.batch_rows < 256
+    for name, stats in found.layers.items():
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            _agree(
+                symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(expected.layers[name], matrix).cpu()), 1e-4
+            )
+
+
 def test_a_calibration_that_was_interrupted_goes_on_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "SNAPSHOT_SECONDS", -1.0)
     monkeypatch.setattr(passes, "SNAPSHOT_COST", 0)

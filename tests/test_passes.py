@@ -32,7 +32,7 @@ VARIANTS = {
 }
 
 
-def _assert_same_bits(found: Statistics, expected: Statistics) -> None:
+def assert_same_bits(found: Statistics, expected: Statistics) -> None:
     assert found.layers.keys() == expected.layers.keys()
     for name, stats in expected.layers.items():
         for number in NUMBERS:
@@ -58,12 +58,12 @@ def test_groups_of_layers_have_the_same_statistics_to_the_last_bit(variant):
         titles.append(description)
         return items
 
-    found = calibrate(tiny_model("llama"), BATCHES, device_memory=_needed(), track=track, **VARIANTS[variant])
+    found = calibrate(tiny_model("llama"), BATCHES, device_memory=needed(), track=track, **VARIANTS[variant])
     assert any("layers 2 of" in title for title in titles)
-    _assert_same_bits(found, whole)
+    assert_same_bits(found, whole)
 
 
-def _needed() -> int:
+def needed() -> int:
     """About what the largest layers of one input need, with the model and its activations."""
     model = tiny_model("llama")
     used = calibration_bytes(model)
@@ -114,11 +114,11 @@ def test_a_tight_memory_budget_is_kept(sweeps, tmp_path):
     model = tiny_model("llama")
     weights = sum(value.nbytes for value in model.parameters())
     peaks = {}
-    for budget in (None, _needed()):
+    for budget in (None, needed()):
         with open_work(tmp_path / str(budget), ABOUT) as work, _Live() as live:
             calibrate(model, BATCHES, sweeps=sweeps, host_memory=budget, work=work)
         peaks[budget] = weights + live.peak
-    assert peaks[_needed()] <= _needed() < peaks[None]
+    assert peaks[needed()] <= needed() < peaks[None]
 
 
 def test_a_budget_below_the_needs_of_one_layer_says_what_to_change():
@@ -155,9 +155,9 @@ def test_a_calibration_that_dies_again_and_again_ends_with_the_same_bits(variant
         monkeypatch.setattr(collector.Collector, "_see_input", dying)
         try:
             with open_work(tmp_path / "work", ABOUT) as work:
-                budget = _needed() if memory else None
+                budget = needed() if memory else None
                 found = calibrate(model, BATCHES, host_memory=budget, work=work, **VARIANTS[variant])
-                _assert_same_bits(found, whole)
+                assert_same_bits(found, whole)
             break
         except _Killed:
             assert attempt < 60, "it does not get on"
@@ -228,7 +228,7 @@ def test_a_batch_of_a_loss_that_is_nan_is_left_out_and_counted():
     expected = calibrate(tiny_model("llama"), rest, loss=loss, sweeps=2, heldout=0)
     assert (found.num_skipped, expected.num_skipped) == (1, 0)
     found.num_skipped, found.data_sha256 = 0, expected.data_sha256
-    _assert_same_bits(found, expected)
+    assert_same_bits(found, expected)
 
 
 def test_too_many_batches_of_nan_end_the_calibration():

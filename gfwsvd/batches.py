@@ -1,0 +1,89 @@
+"""Batches of sequences: their parts, and what becomes of those that do not fit into memory or are not finite."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from .errors import GfwsvdError
+from .losses import Batch
+
+Result = TypeVar("Result")
+
+
+class NotFinite(GfwsvdError):
+    """NaN or inf in a forward pass: nothing of its batch is in any sum."""
+
+
+def num_rows(batch: Batch) -> int:
+    """Sequences of a batch."""
+    return next(iter(batch.values())).shape[0]
+
+
+def split_rows(batches: Iterable[Batch], most: int, skip: int = 0) -> list[Batch]:
+    """The batches without their first `skip` rows, in parts of at most `most` rows (0 for no limit)."""
+    parts: list[Batch] = []
+    for batch in batches:
+        rows = num_rows(batch)
+        first, skip = min(skip, rows), max(0, skip - rows)
+        for start in range(first, rows, most or rows):
+            parts.append({name: value[start : start + (most or rows)] for name, value in batch.items()})
+    return parts
+
+
+def fitted(
+    run: Callable[[list[Batch]], Result], batches: Sequence[Batch], most: int, *, splits: bool
+) -> tuple[Result, int]:
+    """What `run` makes of the batches in parts of at most `most` rows (0 for no limit), and that number. Whenever the
+    device's memory is too short, it is halved, and `run` called again.
+
+    Raises:
+        GfwsvdError: as `halved`.
+    """
+    while True:
+        parts = split_rows(batches, most)
+        try:
+            return run(parts), most
+        except torch.OutOfMemoryError as error:
+            reason = str(error)  # the error itself would keep the memory of the batch
+        most = halved(parts, reason, splits=splits)
+
+
+def halved(batches: Iterable[Batch], reason: str, *, splits: bool) -> int:
+    """Half the rows of the largest of the batches, for which memory was too short; warns.
+
+    Args:
+        reason: what said so.
+        splits: whether batches may be split.
+
+    Raises:
+        GfwsvdError: where batches are of one row, or may not be split.
+    """
+    rows = max(map(num_rows, batches))
+    if rows == 1 or not splits:
+        raise GfwsvdError(
+            f"out of memory with {rows} sequences in a batch{'' if splits else ', which belong together'}: "
+            f"take fewer or shorter ones, or a device memory budget ({reason.splitlines()[0]})"
+        )
+    warnings.warn(f"out of memory with batches of {rows} sequences: going on with {rows // 2}", stacklevel=2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return rows // 2
+
+
+def run_finite(run: Callable[[Batch], None], batches: Iterable[Batch], *, splits: bool) -> tuple[int, str]:
+    """Calls `run` with each batch; where it raises `NotFinite` and batches may be split, with its sequences one by one.
+    Returns how many sequences are left out, and why the last of them is."""
+    left_out, why = 0, ""
+    for batch in batches:
+        try:
+            run(batch)
+            continue
+        except NotFinite as error:
+            reason = str(error)  # the error itself would keep the memory of the batch
+        rows = num_rows(batch)
+        if splits and rows > 1:
+            rows, reason = run_finite(run, split_rows([batch], 1), splits=splits)
+        left_out, why = left_out + rows, reason or why
+    return left_out, why
