@@ -249,22 +249,20 @@ def test_the_noise_of_a_matrix_is_the_variance_of_a_sum_of_its_sequences(unit):
     x, g = _tokens()
     offsets = OFFSETS if unit != "batch" else OFFSETS[[0, -1]]
     spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    samples = [x[a:b].double().T @ g[a:b].double() for a, b in spans if a < b]
-
-    def factor_parts(rows, others):
-        return [rows[a:b].T @ (rows[a:b] * others[a:b].square().sum(1, keepdim=True)) for a, b in spans if a < b]
-
+    samples = gradient_samples(x, g, offsets, unit)
+    left, right, _ = power_sweeps(samples, 1)
+    groups = samples.split([b - a for a, b in spans if a < b] if unit == "token" else 1)
     inputs, outputs = x.double(), g.double()
     exact = {
-        "input_moment": [inputs[a:b].T @ inputs[a:b] for a, b in spans if a < b],
-        "output_moment": [outputs[a:b].T @ outputs[a:b] for a, b in spans if a < b],
-        "left": factor_parts(outputs, inputs) if unit == "token" else [sample.T @ sample for sample in samples],
-        "right": factor_parts(inputs, outputs) if unit == "token" else [sample @ sample.T for sample in samples],
+        "input_moment": [inputs[a:b].T @ inputs[a:b] for a, b in spans],
+        "output_moment": [outputs[a:b].T @ outputs[a:b] for a, b in spans],
+        "left": [torch.einsum("nac,cd,nbd->ab", group, right, group) for group in groups],
+        "right": [torch.einsum("nac,ab,nbd->cd", group, left, group) for group in groups],
     }
     found = {name: [] for name in exact}
     for extra in range(200):
         wide_x, wide_g = (torch.cat((rows, torch.zeros(len(rows), extra)), 1) for rows in (x, g))
-        stats = _swept(wide_x, wide_g, unit=unit, sweeps=1, offsets=offsets)
+        stats = _swept(wide_x, wide_g, unit=unit, sweeps=2, offsets=offsets)
         accumulate_inputs(stats, wide_x, offsets)
         accumulate_outputs(stats, wide_x, wide_g, offsets)
         for name, estimates in found.items():
