@@ -10,8 +10,10 @@ MARK := $(VENV)/.complete
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 VLLM_MARK := $(VLLM)/.complete
+AUDIT := .venv-audit
+AUDIT_MARK := $(AUDIT)/.complete
 
-.PHONY: help install demo test test-vllm gpu lint clean
+.PHONY: help install demo test test-vllm gpu lint audit clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
@@ -20,6 +22,7 @@ help:
 	@echo "make test-vllm run the tests of serving with vLLM on a CPU, in $(VLLM), an environment of its own"
 	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON"
 	@echo "make lint      ruff check, ruff format --check, mypy"
+	@echo "make audit     look up the pinned versions among known vulnerabilities, by the network, from $(AUDIT)"
 	@echo "make clean     remove $(VENV), caches and build products"
 
 install: $(MARK)
@@ -79,6 +82,21 @@ lint: $(MARK)
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+$(AUDIT_MARK): requirements/audit.lock
+	@echo "new environment $(AUDIT): pip-audit"
+	@$(PYTHON) -m venv --clear --without-pip $(AUDIT)
+	@$(PYTHON) -m pip --python $(AUDIT)/bin/python install --quiet --quiet --disable-pip-version-check \
+		--no-deps --require-hashes --requirement requirements/audit.lock
+	@touch $@
+
+# Strict: what the service does not know has not been audited. File by file, since some pin the same package.
+audit: $(AUDIT_MARK)
+	@status=0; for file in requirements/*.txt; do \
+		echo "$$file:"; \
+		$(AUDIT)/bin/python -m pip_audit --strict --no-deps --disable-pip --progress-spinner off --requirement $$file \
+			|| status=$$?; \
+	done; exit $$status
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
