@@ -8,10 +8,12 @@ RUN := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --python $(RUN) install --quiet --quiet --disable-pip-version-check
 MARK := $(VENV)/.complete
 VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
+VLLM_PIP := $(PYTHON) -m pip --python $(VLLM)/bin/python install --quiet --quiet --disable-pip-version-check
 VLLM_MARK := $(VLLM)/.complete
+AUDIT := .venv-audit
+AUDIT_MARK := $(AUDIT)/.complete
 
-.PHONY: help install demo test test-vllm gpu lint clean
+.PHONY: help install demo test test-vllm gpu lint audit clean
 
 help:
 	@echo "make install   fill $(VENV) with the pinned dependencies and the command gfwsvd"
@@ -21,6 +23,7 @@ help:
 	@echo "make gpu       on a machine with a GPU: its tests and all kernel benchmarks, with the packages of PYTHON;"
 	@echo "               GPU_ARGS=--dry-run for the same steps, tiny, without one"
 	@echo "make lint      ruff check, ruff format --check, mypy"
+	@echo "make audit     look up the pinned versions among known vulnerabilities, by the network, from $(AUDIT)"
 	@echo "make clean     remove $(VENV), caches and build products"
 
 install: $(MARK)
@@ -59,13 +62,12 @@ demo: $(MARK)
 test: $(MARK)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# vLLM wants other versions than the suite. torch goes first here too, the rest as listed, without a resolver.
-$(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/models.txt
+# vLLM wants other versions than the suite; they go in as listed, without a resolver, and torch after them, as there.
+$(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/vllm.lock
 	@echo "new environment $(VLLM): vLLM for CPUs (about two minutes)"
 	@$(PYTHON) -m venv --clear --without-pip $(VLLM)
-	@$(PYTHON) -m pip --python $(VLLM)/bin/python install --quiet --quiet --constraint requirements/vllm.txt pip
-	@$(VLLM_PIP) --constraint requirements/vllm.txt torch setuptools
-	@$(VLLM_PIP) --no-deps --requirement requirements/vllm.txt --requirement requirements/models.txt
+	@$(VLLM_PIP) --no-deps --require-hashes --requirement requirements/vllm.lock
+	@$(VLLM_PIP) --constraint requirements/vllm.txt torch
 	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -80,6 +82,21 @@ lint: $(MARK)
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+$(AUDIT_MARK): requirements/audit.lock
+	@echo "new environment $(AUDIT): pip-audit"
+	@$(PYTHON) -m venv --clear --without-pip $(AUDIT)
+	@$(PYTHON) -m pip --python $(AUDIT)/bin/python install --quiet --quiet --disable-pip-version-check \
+		--no-deps --require-hashes --requirement requirements/audit.lock
+	@touch $@
+
+# Strict: what the service does not know has not been audited. File by file, since some pin the same package.
+audit: $(AUDIT_MARK)
+	@status=0; for file in requirements/*.txt; do \
+		echo "$$file:"; \
+		$(AUDIT)/bin/python -m pip_audit --strict --no-deps --disable-pip --progress-spinner off --requirement $$file \
+			|| status=$$?; \
+	done; exit $$status
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))  # the tests' matrices are small: more threads only wait
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("suite")
+hypothesis.settings.register_profile("explore", deadline=None, derandomize=False, max_examples=500, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True)

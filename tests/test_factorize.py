@@ -154,6 +154,26 @@ def test_the_weight_is_decomposed_in_float64_and_left_alone(dtype):
     torch.testing.assert_close(up @ down, weight.double(), rtol=0, atol=1e-11)
 
 
+def test_a_large_layer_of_ill_conditioned_metrics_comes_within_the_bound_of_the_exact_svd():
+    """Conditions above 1e12, singular values down to 1e-8 of the first: the Gram matrix sees few of their squares."""
+
+    def metric(size):
+        spread = torch.randn(size, size, dtype=torch.float64) * torch.logspace(0, -4, size, dtype=torch.float64)
+        return spread @ spread.T
+
+    weight, left, right = torch.randn(576, 1536), metric(576), metric(1536)
+    found = decompose(weight, left, right, damping=0.0, name="layer")
+    assert found.left.condition > 1e12 and found.right.condition > 1e12
+    exact = torch.linalg.svdvals(torch.linalg.cholesky(left).T @ weight.double() @ torch.linalg.cholesky(right))
+    assert exact[-1] < 1e-7 * exact[0]
+    bound = 576 * torch.finfo(torch.float64).eps * exact[0].item() ** 2
+    assert (found.spectrum.square() - exact.square()).abs().max() <= bound
+    for rank in (1, 64, 200, 400, 550):
+        up, down = found.factors(weight, rank)
+        least = exact[rank:].square().sum().item()
+        assert objective(weight.double() - up @ down, left, right) == pytest.approx(least, rel=1e-7)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_that_is_not_finite_is_refused_by_name(value):
     weight = torch.randn(4, 6)

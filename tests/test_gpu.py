@@ -143,6 +143,18 @@ def test_deterministic_statistics_have_the_same_bits_at_every_run(labels):
 
 
 @pytest.mark.parametrize("storage", STORAGE)
+def test_deterministic_compression_writes_the_same_bytes_at_every_run(storage, tmp_path):
+    original, written = wide_model().bfloat16(), []
+    for run in ("first", "second"):
+        model = copy.deepcopy(original).cuda()
+        with exactly_repeated(True):
+            report = compress(model, _batches(), keep=0.7, storage=storage, sweeps=2, rounds=1)
+        save_pretrained(model, tmp_path / run, report=report)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / run).glob("*.safetensors")})
+    assert written[0] and written[0] == written[1]
+
+
+@pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 def test_a_compressed_model_is_that_of_the_cpu(kind, storage):
     model = tiny_model(kind)

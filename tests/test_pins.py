@@ -12,7 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "requirements").glob("*.txt"))
-OWN_ENVIRONMENT = {"vllm.txt": "that of `make test-vllm`"}
+OWN_ENVIRONMENT = {"vllm.txt": "that of `make test-vllm`", "audit.txt": "that of `make audit`"}
+LOCKS = {"dev.lock": ["dev.txt", "models.txt"], "vllm.lock": ["vllm.txt", "models.txt"], "audit.lock": ["audit.txt"]}
 
 
 def lines(file: Path) -> list[str]:
@@ -33,15 +34,16 @@ def test_every_requirement_is_pinned_exactly_and_once(file):
     assert len(pins(file)) == len(lines(file)), "some name stands there twice"
 
 
-def test_every_pin_but_torch_has_the_digests_of_its_files():
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_pin_but_torch_has_the_digests_of_its_files(name):
     """As pip reads them: a requirement goes on over all lines that end in a backslash."""
-    lock = "\n".join(lines(ROOT / "requirements" / "dev.lock")).replace("\\\n", " ")
+    lock = "\n".join(lines(ROOT / "requirements" / name)).replace("\\\n", " ")
     locked = {}
     for requirement, *digests in (re.split(r"\s+--hash=", line) for line in lock.splitlines()):
         pin = Requirement(requirement)
         locked[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
         assert digests and all(re.fullmatch("sha256:[0-9a-f]{64}", digest) for digest in digests), requirement
-    pinned = pins(ROOT / "requirements" / "dev.txt") | pins(ROOT / "requirements" / "models.txt")
+    pinned = {key: version for file in LOCKS[name] for key, version in pins(ROOT / "requirements" / file).items()}
     assert locked == {name: version for name, version in pinned.items() if name != "torch"}
 
 

@@ -49,7 +49,6 @@ def test_sweeps_come_to_the_singular_triplet(tokens, unit):
 
 
 def test_stored_gradients_and_lanczos_come_to_it_too(tokens):
-    pytest.importorskip("scipy", reason="the published route needs scipy, which nothing else here does")
     _, left, right, scale = oracle(*tokens, OFFSETS["sequence"])
     ((cost, found_left, found_right),) = routes.published(*tokens, OFFSETS["sequence"], 1)
     assert cost["scale"] == pytest.approx(scale, rel=1e-5) and cost["disk_bytes"] > 3 * 35 * 4
@@ -81,7 +80,6 @@ def test_the_tokens_of_a_layer_give_its_weight_gradients():
 
 
 def test_the_benchmark_has_a_row_for_each_route_unit_and_number_of_sweeps(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("scipy", reason="the published route needs scipy, which nothing else here does")
     tiny_model("llama").save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"w{number}" for number in torch.randint(VOCABULARY, (500,)).tolist()))
