@@ -13,7 +13,7 @@ from gfwsvd.calibration import Statistics, about_calibration, calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.packed import TENSORS
 from gfwsvd.store import load_statistics, save_statistics
-from gfwsvd.work import open_job_work
+from gfwsvd.work import open_work
 from processes import exit_codes, start_job
 from tiny_models import random_tokens, tiny_model
 
@@ -43,7 +43,7 @@ def _calibrate(folder: Path, settings: dict[str, Any], killed: int | None = None
 
     model = tiny_model("llama")
     try:
-        with open_job_work(folder / "work", about_calibration(model, BATCHES, **settings)) as work:
+        with open_work(folder / "work", about_calibration(model, BATCHES, **settings)) as work:
             found = calibrate(model, BATCHES, heldout=1, work=work, track=track, **settings)
             if ranked.rank() == 0:
                 save_statistics(found, folder / "statistics")
@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(t
     for rank in range(3):
         (tmp_path / f"seen-{rank}.txt").unlink()
     about = about_calibration(tiny_model("llama"), BATCHES, **settings)
-    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_job_work(tmp_path / "work", about):
+    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_work(tmp_path / "work", about):
         pass
     assert exit_codes(start_job(3, _calibrate, tmp_path, settings)) == [0, 0, 0]
     lines = _seen(tmp_path, 3)

@@ -22,7 +22,7 @@ from gfwsvd.compress import about_work, compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.ranked import joined, owners, rank
 from gfwsvd.store import load_statistics, save_statistics
-from gfwsvd.work import open_job_work
+from gfwsvd.work import open_work
 from processes import exit_codes, start, start_job
 from tiny_models import random_tokens, tiny_model
 
@@ -49,7 +49,7 @@ def _compress(folder: Path, stats: Path, kind: str = "llama", track: Callable[..
     model = tiny_model(kind).bfloat16() if kind == "llama" else tiny_model(kind)
     statistics = load_statistics(stats)[0] if kind == "llama" else None
     try:
-        with open_job_work(folder / "w", about_work(model, statistics=statistics, **options)) as work:
+        with open_work(folder / "w", about_work(model, statistics=statistics, **options)) as work:
             report = compress(
                 model, statistics=statistics, rank_multiple=2, work=work, track=track, **options, **rounds
             )
