@@ -78,7 +78,7 @@ def resumable(kept: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if rank() == 0 and kept.exists():
+        if kept.exists():  # on every rank, since any may be the one that is left
             print(f"gfwsvd: what is done is kept in {kept}; to go on from it:\n{command_line()}", file=sys.stderr)
         raise
 

@@ -21,6 +21,7 @@ from .host import to_host
 from .ranked import rank, shared_errors
 
 _ABOUT, _DESCRIPTION = "about.json", "gfwsvd"
+_REMOVED = ".removed.json"  # what becomes of the first, before anything else is removed
 
 
 class Work:
@@ -173,6 +174,8 @@ def open_work(path: str | os.PathLike[str] | Claim, about: Mapping[str, Any]) ->
 
 
 def _describe(folder: Path, about: dict[str, Any]) -> None:
+    if (folder / _REMOVED).exists():
+        _empty(folder)
     # A begun `write_text` leaves a file with a dot. Where nothing was kept, a mistyped setting binds nobody.
     if all(entry.name.startswith(".") or entry.name == _ABOUT for entry in folder.iterdir()):
         write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
@@ -188,7 +191,17 @@ def _describe(folder: Path, about: dict[str, Any]) -> None:
 
 
 def remove_work(path: str | os.PathLike[str]) -> None:
-    """Removes a folder of work in progress, if it is one."""
+    """Removes a folder of work in progress, if it is one; what is left of it after a kill binds no later run."""
     folder = Path(path).expanduser()
     if (folder / _ABOUT).exists():
-        shutil.rmtree(folder)
+        (folder / _ABOUT).replace(folder / _REMOVED)
+        _empty(folder)
+        folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Removes all that was kept, then what says that it is to be removed."""
+    for entry in list(folder.iterdir()):
+        if entry.name != _REMOVED:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (folder / _REMOVED).unlink()

@@ -86,22 +86,24 @@ def test_a_job_of_two_has_the_statistics_of_one_process(settings, tmp_path):
     assert (len(first_passes[0]) > 1) == ("host_memory" in settings)
 
 
-def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(tmp_path):
+@pytest.mark.parametrize(("size", "killed"), [(3, 1), (2, 0)])  # rank 0 holds the lock, and writes
+def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(tmp_path, size, killed):
     settings = SETTINGS[0]
-    codes = exit_codes(start_job(3, _calibrate, tmp_path, settings, 1))
-    assert codes == [3, -signal.SIGKILL, 3]
-    for rank in (0, 2):
+    codes = exit_codes(start_job(size, _calibrate, tmp_path, settings, killed))
+    assert codes == [-signal.SIGKILL if rank == killed else 3 for rank in range(size)]
+    for rank in set(range(size)) - {killed}:
         message = (tmp_path / f"error-{rank}.txt").read_text()
         assert "lost touch with the others" in message and "the same command goes on" in message
-    for rank in range(3):
+    for rank in range(size):
         (tmp_path / f"seen-{rank}.txt").unlink()
     about = about_calibration(tiny_model("llama"), BATCHES, **settings)
-    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_work(tmp_path / "work", about):
+    with pytest.raises(GfwsvdError, match=f"processes was {size} and is 1"), open_work(tmp_path / "work", about):
         pass
-    assert exit_codes(start_job(3, _calibrate, tmp_path, settings)) == [0, 0, 0]
-    lines = _seen(tmp_path, 3)
+    assert exit_codes(start_job(size, _calibrate, tmp_path, settings)) == [0] * size
+    lines = _seen(tmp_path, size)
     assert not any("pass 1" in line for part in lines for line in part)  # which was done
-    assert lines[1][0] == "calibration pass 2 of 2: 1"  # of its three batches, two were kept
+    batches = len(range(killed, 10, size))
+    assert lines[killed][0] == f"calibration pass 2 of 2: {batches - 2}"  # two were kept
     expected = calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
     _assert_same(load_statistics(tmp_path / "statistics")[0], expected)
 
