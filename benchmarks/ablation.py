@@ -21,7 +21,7 @@ import gfwsvd
 from benchmarks import record
 from benchmarks.packaged import packaged_smollm2
 from gfwsvd.calibration import about_calibration
-from gfwsvd.cli_app import kept_work
+from gfwsvd.cli_app import beside, kept_work
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run, compressed_rows, dense_row
 
@@ -163,7 +163,8 @@ def _run(
         seed=options.get("seed", 0),
     )
     if not folder.exists():
-        with kept_work(folder, about_calibration(model, batches, **options)) as work:
+        with kept_work(beside(folder, "work")) as claim:
+            work = claim.open(about_calibration(model, batches, **options))
             gfwsvd.save_statistics(gfwsvd.calibrate(model, batches, work=work, track=bar, **options), folder)
     statistics, _ = gfwsvd.load_statistics(folder)
     mine["calibration_sha256"] = statistics.data_sha256

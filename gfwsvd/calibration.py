@@ -213,7 +213,7 @@ def calibrate(
 def about_calibration(
     model: nn.Module, batches: Sequence[Batch], *, start: Statistics | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """What the work of a `calibrate` of these arguments depends on, for `gfwsvd.work.open_job_work`.
+    """What the work of a `calibrate` of these arguments depends on, for `gfwsvd.work.open_work`.
 
     Args:
         settings: plain JSON values, by the names of `calibrate`.

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import platform
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,8 +19,8 @@ from .budget import parse_bytes
 from .errors import GfwsvdError
 from .options import DTYPES
 from .outcome import CompressionReport
-from .ranked import joined, rank, shared_errors
-from .work import Work, open_job_work, remove_work
+from .ranked import joined, rank, shared_errors, world_size
+from .work import Claim, claimed, remove_work
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,21 +64,39 @@ def in_job(command: Callable[..., None]) -> Callable[..., None]:
     return joining
 
 
+def command_line() -> str:
+    """What to type to run the running command, or the job on one machine that it is part of, once more."""
+    program = [sys.executable, "-m", "gfwsvd"] if Path(sys.argv[0]).name == "__main__.py" else sys.argv[:1]
+    if world_size() > 1:
+        program = ["torchrun", "--nproc-per-node", str(world_size()), "-m", "gfwsvd"]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
 @contextlib.contextmanager
-def kept_work(target: Path, about: Mapping[str, Any]) -> Iterator[Work]:
-    """Work in progress of a command that writes the folder `target` within the block: in TARGET.work, until the block
-    ends well. After Ctrl-C it says that the same command goes on."""
-    folder = target.with_name(f"{target.name}.work")
+def resumable(kept: Path) -> Iterator[None]:
+    """Ctrl-C within it says the command that goes on from what is kept in the file or folder `kept`, if that exists."""
     try:
-        with open_job_work(folder, about) as work:
-            yield work
+        yield
     except KeyboardInterrupt:
-        if folder.exists():
-            print(f"gfwsvd: the same command goes on from what is kept in {folder}", file=sys.stderr)
+        if kept.exists():  # on every rank, since any may be the one that is left
+            print(f"gfwsvd: what is done is kept in {kept}; to go on from it:\n{command_line()}", file=sys.stderr)
         raise
-    with shared_errors():
-        if rank() == 0:
-            remove_work(folder)
+
+
+@contextlib.contextmanager
+def kept_work(folder: Path) -> Iterator[Claim]:
+    """A folder for the work in progress of a command, its own from before it loads anything until the block ends; if
+    that is well, the folder is removed, and Ctrl-C says the command that goes on."""
+    with resumable(folder), claimed(folder) as claim:
+        yield claim
+        with shared_errors():
+            if rank() == 0:
+                remove_work(folder)
+
+
+def beside(target: Path, ending: str) -> Path:
+    """Where the work in progress of a command that writes the folder `target` is kept."""
+    return target.with_name(f"{target.name}.{ending}")
 
 
 def memory_limits(device_memory: str | None, host_memory: str | None) -> dict[str, int | None]:

@@ -1,6 +1,5 @@
 """The commands that start from a compressed model: tune, convert."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from . import sources
 from .checkpoint import inspect as inspect_checkpoint
-from .cli_app import app, check_dtype, mendable, summary, versions
+from .cli_app import app, beside, check_dtype, kept_work, mendable, summary, versions
 from .errors import GfwsvdError
 from .folders import check_output_folder
 from .options import (
@@ -67,20 +66,19 @@ def tune_command(
     target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     inspect_checkpoint(directory)
     report = read_report(directory)
-    work = target.with_name(f"{target.name}.tune")
-    loaded, tokenizer, name = sources.load_model(str(directory), device=device)
-    dense, dense_name = None, None
-    if reference is not None:
-        dense, _, dense_name = sources.load_model(reference, device=device)
-    train, heldout = training_tokens(
-        sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, seed=seed
-    )
-    try:
+    with kept_work(beside(target, "tune")) as claim:
+        loaded, tokenizer, name = sources.load_model(str(directory), device=device)
+        dense, dense_name = None, None
+        if reference is not None:
+            dense, _, dense_name = sources.load_model(reference, device=device)
+        train, heldout = training_tokens(
+            sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, seed=seed
+        )
         tuning = tune(
             loaded,
             train,
             heldout,
-            work,
+            claim,
             reference=dense,
             epochs=epochs,
             learning_rate=learning_rate,
@@ -89,13 +87,9 @@ def tune_command(
             dtype=dtype,
             track=bar,
         )
-    except KeyboardInterrupt:
-        print(f"gfwsvd: the same command goes on from the last checkpoint in {work}", file=sys.stderr)
-        raise
-    about = {"source": name, "text": text_name(text), "reference": dense_name, **tuning.to_json(), **versions()}
-    report.provenance["tuned"] = [*report.provenance.get("tuned", ()), about]
-    save_pretrained(loaded, out, report=report, tokenizer=tokenizer, overwrite=overwrite)
-    shutil.rmtree(work)
+        about = {"source": name, "text": text_name(text), "reference": dense_name, **tuning.to_json(), **versions()}
+        report.provenance["tuned"] = [*report.provenance.get("tuned", ()), about]
+        save_pretrained(loaded, out, report=report, tokenizer=tokenizer, overwrite=overwrite)
     if not tuning.improved:
         print(f"gfwsvd: the training did not lower the held-out loss: {out} has the factors of {name}", file=sys.stderr)
     print_values({"out": str(out), **about}, json_output)

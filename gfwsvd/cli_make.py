@@ -11,6 +11,7 @@ from .bounds import check_bounds, parse_bounds
 from .calibration import CLIP, about_calibration, calibrate, check_settings
 from .cli_app import (
     app,
+    beside,
     check_dtype,
     exactly_repeated,
     given_options,
@@ -112,15 +113,15 @@ def calibrate_command(
     memory = memory_limits(device_memory, host_memory)
     begun = None if start is None else load_statistics(start)[0]
     target = check_output_folder(stats, overwrite=overwrite, marker=JSON_NAME)
-    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
-    batches = sources.token_batches(
-        sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
-    )
-    settings: dict[str, Any] = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance}
-    settings |= {"online": online, "clip": clip, "seed": seed, "heldout": heldout, "exclude": exclude, **memory}
-    about = about_calibration(loaded, batches, start=begun, **settings)
-    with exactly_repeated(deterministic), kept_work(target, about) as work:
-        statistics = calibrate(loaded, batches, start=begun, work=work, track=bar, **settings)
+    with exactly_repeated(deterministic), kept_work(beside(target, "work")) as claim:
+        loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
+        batches = sources.token_batches(
+            sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
+        )
+        settings: dict[str, Any] = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance}
+        settings |= {"online": online, "clip": clip, "seed": seed, "heldout": heldout, "exclude": exclude, **memory}
+        about = about_calibration(loaded, batches, start=begun, **settings)
+        statistics = calibrate(loaded, batches, start=begun, work=claim.open(about), track=bar, **settings)
         with shared_errors():
             if rank() == 0:
                 provenance = _provenance(name, text, sequences, seq_len)
@@ -228,19 +229,30 @@ def compress_command(
         check_output_file(report)
     table = None if latency is None else LatencyTable.load(latency)
     statistics, provenance = (None, {}) if stats is None else load_statistics(stats)
-    loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
-    batches = None
-    if text is not None:
-        about_text = _provenance(name, text, sequences, seq_len)
-        provenance = about_text if statistics is None else {**provenance, "rounds_on": about_text}
-        batches = sources.token_batches(
-            sources.load_text(text), tokenizer, sequences=sequences, seq_len=seq_len, batch_size=batch_size, seed=seed
-        )
-    settings: dict[str, Any] = {"method": method, "keep": keep, "damping": damping, "guard": guard, "storage": storage}
-    settings |= {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed, "exclude": exclude}
-    settings |= memory
-    about = about_work(loaded, batches or (), statistics=statistics, **settings)
-    with exactly_repeated(deterministic), kept_work(target, about) as work:
+    with exactly_repeated(deterministic), kept_work(beside(target, "work")) as claim:
+        loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
+        batches = None
+        if text is not None:
+            about_text = _provenance(name, text, sequences, seq_len)
+            provenance = about_text if statistics is None else {**provenance, "rounds_on": about_text}
+            batches = sources.token_batches(
+                sources.load_text(text),
+                tokenizer,
+                sequences=sequences,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                seed=seed,
+            )
+        settings: dict[str, Any] = {
+            "method": method,
+            "keep": keep,
+            "damping": damping,
+            "guard": guard,
+            "storage": storage,
+        }
+        settings |= {"unit": unit, "labels": labels, "sweeps": sweeps, "clip": clip, "seed": seed, "exclude": exclude}
+        settings |= memory
+        about = about_work(loaded, batches or (), statistics=statistics, **settings)
         result = compress(
             loaded,
             batches,
@@ -251,7 +263,7 @@ def compress_command(
             bits=bits,
             rounds=rounds,
             statistics=statistics,
-            work=work,
+            work=claim.open(about),
             track=bar,
             **settings,
         )

@@ -12,7 +12,7 @@ from . import __version__, sources
 from .calibration import data_sha256
 from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
-from .cli_app import app, check_dtype, given_options, mendable
+from .cli_app import app, check_dtype, given_options, kept_work, mendable, resumable
 from .errors import GfwsvdError
 from .evaluate import about_evaluation, evaluate
 from .folders import check_output_file, locked_folder
@@ -47,7 +47,6 @@ from .store import load_statistics
 from .sweep import all_runs, comparison, sweep
 from .tasks import find_tasks, run_tasks, task_table
 from .texts import text_name
-from .work import open_work, remove_work
 
 
 @app.command("latency")
@@ -123,22 +122,20 @@ def eval_command(
     if work is not None:
         check_output_file(work / "state")
     asked = None if tasks is None else find_tasks([name.strip() for name in tasks.split(",")], folder=task_folder)
-    loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
-    found: dict[str, Any] = {}
-    if text is not None:
-        tokens = sources.windows(sources.load_text(text), tokenizer, window=window, stride=stride, limit=limit)
-        dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
-        settings: dict[str, Any] = {"stride": stride, "reference": dense, "batch_size": batch_size}
-        with contextlib.ExitStack() as stack:
-            if work is not None:
-                settings["work"] = stack.enter_context(open_work(work, about_evaluation(loaded, tokens, **settings)))
+    with contextlib.nullcontext() if work is None else kept_work(work) as claim:
+        loaded, tokenizer, _ = sources.load_model(model, dtype=dtype, device=device)
+        found: dict[str, Any] = {}
+        if text is not None:
+            tokens = sources.windows(sources.load_text(text), tokenizer, window=window, stride=stride, limit=limit)
+            dense = sources.load_model(reference, dtype=dtype, device=device)[0] if reference is not None else None
+            settings: dict[str, Any] = {"stride": stride, "reference": dense, "batch_size": batch_size}
+            if claim is not None:
+                settings["work"] = claim.open(about_evaluation(loaded, tokens, **settings))
             found = evaluate(loaded, tokens, **settings, track=bar).to_json()
-    if asked is not None:
-        found |= run_tasks(loaded, tokenizer, asked, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
-        if not json_output:
-            Console().print(task_table(found.pop("tasks")))
-    if work is not None:
-        remove_work(work)
+        if asked is not None:
+            found |= run_tasks(loaded, tokenizer, asked, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
+            if not json_output:
+                Console().print(task_table(found.pop("tasks")))
     print_values(found, json_output)
 
 
@@ -168,7 +165,7 @@ def sweep_command(
     runs = all_runs(method, ranks, keep, storage)
     check_dtype(dtype)
     check_output_file(out / "report.html")
-    with locked_folder(out):
+    with resumable(out / "rows.jsonl"), locked_folder(out):
         loaded, tokenizer, name = sources.load_model(model, dtype=dtype, device=device)
         tokens = sources.windows(sources.load_text(text), tokenizer, window=window, limit=limit)
         about = {

@@ -87,7 +87,7 @@ def compress(
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
         unit, labels, sweeps, clip, seed, exclude, loss, device_memory, host_memory: see `calibrate`.
-        work: of `open_job_work` with `about_work` of these arguments: each layer solved is kept there, and taken from
+        work: of `open_work` with `about_work` of these arguments: each layer solved is kept there, and taken from
             there by a later call. Factors are then on disk, up to 8 bytes for each weight, and not in memory.
         track: wraps long loops to show progress.
 
@@ -217,7 +217,7 @@ def compress(
 def about_work(
     model: nn.Module, batches: Iterable[Batch] = (), *, statistics: Statistics | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """What the solutions depend on in a `compress` of these arguments, for `open_job_work`.
+    """What the solutions depend on in a `compress` of these arguments, for `open_work`.
 
     Args:
         batches, statistics: as `compress` takes them; batches are read here too.

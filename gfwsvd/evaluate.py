@@ -75,8 +75,8 @@ def evaluate(
         reference: the model to compare with, or its `ReferenceLogits` of these windows, to evaluate several models.
         batch_size: windows in a forward pass; the result depends on it by rounding only.
         work: opened for the `about_evaluation` of the same arguments: the sums over the batches that are done are kept
-            there, and an evaluation that was interrupted goes on with them to the same result, to the bit. What is
-            kept at the end gives the result again without any pass.
+            there every 20 s and whenever it ends, by Ctrl-C too, and an evaluation that was interrupted goes on with
+            them to the same result, to the bit. What is kept at the end gives the result again without any pass.
         track: wraps the starts of the batches to show progress.
 
     Raises:
@@ -90,6 +90,7 @@ def evaluate(
     stride = window if stride is None else stride
     _check_overlap(windows, stride)
     sums, done = _begun(work)
+    kept = done
     due = time.monotonic() + _KEPT_EVERY
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -99,12 +100,16 @@ def evaluate(
                 f"the model predicts {source.vocabulary} tokens, the reference {other.vocabulary}: expected the same "
                 "vocabulary; compare models of one family"
             )
-        for start in track(range(done, len(windows), batch_size), f"evaluation: {len(windows)} windows"):
-            stop = min(start + batch_size, len(windows))
-            sums += _score_batch(source, other, windows, start, stop, stride=stride)
-            if work is not None and (stop == len(windows) or time.monotonic() >= due):
-                work.save(_STATE, {"sums": sums}, {"windows": stop})
-                due = time.monotonic() + _KEPT_EVERY
+        try:
+            for start in track(range(done, len(windows), batch_size), f"evaluation: {len(windows)} windows"):
+                stop = min(start + batch_size, len(windows))
+                sums, done = sums + _score_batch(source, other, windows, start, stop, stride=stride), stop
+                if work is not None and time.monotonic() >= due:
+                    work.save(_STATE, {"sums": sums}, {"windows": done})
+                    kept, due = done, time.monotonic() + _KEPT_EVERY
+        finally:
+            if work is not None and done > kept:
+                work.save(_STATE, {"sums": sums}, {"windows": done})
     tokens = window - 1 + (len(windows) - 1) * min(stride, window - 1)
     loss, kl, top1 = (sums / tokens).tolist()
     return Evaluation(

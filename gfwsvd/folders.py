@@ -144,11 +144,14 @@ def lock_folder(folder: Path) -> int:
 
     Raises:
         BlockingIOError: when another process, or another descriptor of this one, has it.
-        OSError: where there is no such folder, or the file system has no locks on folders.
+        FileNotFoundError: where there is no such folder, or no more: its last holder has just removed it.
+        OSError: where the file system has no locks on folders.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, "another folder has its name", str(folder))
     except OSError:
         os.close(descriptor)
         raise
@@ -165,22 +168,28 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         GfwsvdError: when another process has it locked, or it cannot be made.
     """
     folder = Path(path).expanduser().resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GfwsvdError(f"could not make the folder {folder}: {error}; name another one") from error
-    lock = None
-    try:
-        lock = lock_folder(folder)
-    except BlockingIOError as error:
-        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
-    except OSError:
-        pass
+    lock = _make_and_lock(folder)
     try:
         yield folder
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _make_and_lock(folder: Path) -> int | None:
+    """As `lock_folder`, or None on a file system without locks; GfwsvdError as `locked_folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GfwsvdError(f"could not make the folder {folder}: {error}; name another one") from error
+    try:
+        return lock_folder(folder)
+    except BlockingIOError as error:
+        raise GfwsvdError(f"another process is at work in {folder}: wait for it, or write to another folder") from error
+    except FileNotFoundError:
+        return _make_and_lock(folder)
+    except OSError:
+        return None
 
 
 def _fsync(path: Path) -> None:

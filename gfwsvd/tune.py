@@ -30,7 +30,7 @@ from .hooks import frozen
 from .layers import LowRankLinear, model_device, model_sha256
 from .logits import LogitsSource, ReferenceLogits, check_windows
 from .sources import quiet, token_batches, windows
-from .work import open_work
+from .work import Claim, open_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def tune(
     model: nn.Module,
     sequences: Tensor,
     heldout: Tensor,
-    folder: Path,
+    folder: Path | Claim,
     *,
     reference: nn.Module | None = None,
     epochs: int = 1,
@@ -92,7 +92,8 @@ def tune(
         model: a transformers causal language model with `LowRankLinear` layers, on the CPU or the first GPU.
         sequences: (N, S) token ids, int64 or int32, to train on.
         heldout: (M, S') token ids to evaluate on.
-        folder: new, or of an interrupted run. The caller deletes it when the result is safe.
+        folder: new, or of an interrupted run, or the caller's claim of it (`gfwsvd.work.claimed`). The caller deletes
+            it when the result is safe.
         reference: the dense model; with it the loss is KL(reference || model), without it that of the next tokens.
         epochs: passes over the sequences.
         learning_rate: the highest.

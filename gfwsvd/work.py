@@ -21,6 +21,7 @@ from .host import to_host
 from .ranked import rank, shared_errors
 
 _ABOUT, _DESCRIPTION = "about.json", "gfwsvd"
+_REMOVED = ".removed.json"  # what becomes of the first, before anything else is removed
 
 
 class Work:
@@ -116,54 +117,91 @@ def digest_of(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def open_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
-    """A folder for work in progress, made where there is none; no other process can open it until the block ends. If
-    anything was kept in it, it stays, whatever happens; `remove_work` removes it.
+class Claim:
+    """A folder for work in progress that no other process can claim, before it is known what the work depends on.
 
-    Args:
-        about: plain JSON values, all that the work depends on: where something was kept with others, it is refused.
-
-    Raises:
-        GfwsvdError: for a folder that another process has open, that holds something else, or that cannot be written.
+    Attributes:
+        path: the folder.
     """
-    about = json.loads(json.dumps(dict(about), allow_nan=False))  # as it will be read back
-    with locked_folder(path) as folder:
-        # A begun `write_text` leaves a file with a dot. Where nothing was kept, a mistyped setting binds nobody.
-        if all(entry.name.startswith(".") or entry.name == _ABOUT for entry in folder.iterdir()):
-            write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
-        elif not (folder / _ABOUT).exists():
-            raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
-        begun = read_json(folder / _ABOUT)
-        if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
-            changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
-            raise GfwsvdError(
-                f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to "
-                "go on, or remove the folder to start anew"
-            )
-        try:
-            yield Work(folder)
-        finally:
-            if {entry.name for entry in folder.iterdir()} == {_ABOUT}:
-                remove_work(folder)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, about: Mapping[str, Any]) -> Work:
+        """The work in the folder, on all ranks of a job together. Each rank keeps states of names that are its own.
+
+        Args:
+            about: plain JSON values, all that the work depends on: where something was kept with others, it is refused.
+
+        Raises:
+            GfwsvdError: for a folder that holds something else, or that cannot be written.
+        """
+        with shared_errors():
+            if rank() == 0:
+                _describe(self.path, json.loads(json.dumps(dict(about), allow_nan=False)))  # as it will be read back
+        return Work(self.path)
 
 
 @contextlib.contextmanager
-def open_job_work(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Iterator[Work]:
-    """As `open_work`, for all ranks of a job at once, which see the same folder: rank 0 holds its lock. Each rank keeps
-    states of names that are its own.
+def claimed(path: str | os.PathLike[str] | Claim) -> Iterator[Claim]:
+    """A folder for work in progress, made where there is none; no other process can claim it until the block ends. If
+    anything was kept in it, it stays, whatever happens; `remove_work` removes it. The ranks of a job see the same
+    folder and claim it together: rank 0 holds its lock. A claim that the caller has is left as it is.
 
     Raises:
-        GfwsvdError: on all ranks, what `open_work` raises on rank 0.
+        GfwsvdError: for a folder that another process has claimed, or that cannot be made.
     """
+    if isinstance(path, Claim):
+        yield path
+        return
     with contextlib.ExitStack() as stack:
         with shared_errors():
-            work = stack.enter_context(open_work(path, about)) if rank() == 0 else None
-        yield work or Work(Path(path).expanduser().resolve())
+            if rank() == 0:
+                path = stack.enter_context(locked_folder(path))
+        claim = Claim(Path(path).expanduser().resolve())
+        try:
+            yield claim
+        finally:
+            if rank() == 0 and claim.path.exists() and {entry.name for entry in claim.path.iterdir()} <= {_ABOUT}:
+                shutil.rmtree(claim.path)
+
+
+@contextlib.contextmanager
+def open_work(path: str | os.PathLike[str] | Claim, about: Mapping[str, Any]) -> Iterator[Work]:
+    """`Claim.open` of a folder that is `claimed` until the block ends; GfwsvdError as there."""
+    with claimed(path) as claim:
+        yield claim.open(about)
+
+
+def _describe(folder: Path, about: dict[str, Any]) -> None:
+    if (folder / _REMOVED).exists():
+        _empty(folder)
+    # A begun `write_text` leaves a file with a dot. Where nothing was kept, a mistyped setting binds nobody.
+    if all(entry.name.startswith(".") or entry.name == _ABOUT for entry in folder.iterdir()):
+        write_text(folder / _ABOUT, json.dumps(about, indent=2) + "\n", what="description of work in progress")
+    elif not (folder / _ABOUT).exists():
+        raise GfwsvdError(f"{folder} holds something else than work in progress; name another folder")
+    begun = read_json(folder / _ABOUT)
+    if differing := sorted(key for key in begun.keys() | about.keys() if begun.get(key) != about.get(key)):
+        changes = ", ".join(f"{key} was {begun.get(key)!r} and is {about.get(key)!r}" for key in differing)
+        raise GfwsvdError(
+            f"{folder} holds the work of an interrupted run with other settings ({changes}): run it as before to "
+            "go on, or remove the folder to start anew"
+        )
 
 
 def remove_work(path: str | os.PathLike[str]) -> None:
-    """Removes a folder of work in progress, if it is one."""
+    """Removes a folder of work in progress, if it is one; what is left of it after a kill binds no later run."""
     folder = Path(path).expanduser()
     if (folder / _ABOUT).exists():
-        shutil.rmtree(folder)
+        (folder / _ABOUT).replace(folder / _REMOVED)
+        _empty(folder)
+        folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Removes all that was kept, then what says that it is to be removed."""
+    for entry in list(folder.iterdir()):
+        if entry.name != _REMOVED:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (folder / _REMOVED).unlink()

@@ -12,7 +12,9 @@ import torch
 from gfwsvd.ranked import joined
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gfwsvd.cli", "pytest", "typer.testing", "transformers.models.llama.modeling_llama"])
+_CONTEXT.set_forkserver_preload(
+    ["gfwsvd.cli", "gfwsvd.hf", "pytest", "typer.testing", "transformers.models.llama.modeling_llama"]
+)
 
 
 def start(function: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> BaseProcess:
@@ -22,15 +24,13 @@ def start(function: Callable[..., None], *arguments: Any, environment: dict[str,
     return process
 
 
-def start_job(size: int, function: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
-    """The processes of a job on CPUs, as `torchrun` would start them."""
+def start_job(size: int, function: Callable[..., None], *arguments: Any, joins: bool = False) -> list[BaseProcess]:
+    """The processes of a job on CPUs, as `torchrun` starts them; joined already, unless `function` `joins` them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    return [
-        start(_join, function, arguments, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
+    call = (function, *arguments) if joins else (_join, function, arguments)
+    return [start(*call, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 
 def exit_codes(processes: list[BaseProcess], *, seconds: float = 120) -> list[int | None]:

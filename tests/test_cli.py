@@ -1,7 +1,7 @@
 """The command line: the contract that scripts rely on, and what a user sees when something is wrong."""
 
 import json
-import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -261,36 +261,51 @@ def test_statistics_of_another_model_are_refused(workspace, tmp_path):
     assert "not those that were calibrated" in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_in_calibration_leaves_nothing(workspace, tmp_path):
-    command = [sys.executable, "-m", "gfwsvd", "calibrate", workspace / "model", "--text", workspace / "text.txt"]
-    options = [
-        "--sequences",
-        "100",
-        "--seq-len",
-        "16",
-        "--batch-size",
-        "1",
-        "--sweeps",
-        "1000",
-        "--stats",
-        tmp_path / "stats",
-    ]
+def test_ctrl_c_in_calibration_says_the_command_that_goes_on(workspace, tmp_path):
+    out = tmp_path / "the statistics"
+    text = ("--text", workspace / "text.txt", *CALIBRATION, "--batch-size", "4", "--sweeps", "20")
+    command = [sys.executable, "-m", "gfwsvd", "calibrate", workspace / "model", *text, "--stats", out]
     process = subprocess.Popen(
-        [*map(str, command), *map(str, options)],
+        [str(word) for word in command],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    for character in iter(lambda: process.stderr.read(1), ""):
-        if character == "b":  # of the progress bar "calibration pass ...": the passes have begun
-            break
-    time.sleep(0.5)
+    while process.poll() is None and not list(tmp_path.glob("*.work/*-passes.safetensors")):  # of the first pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, rest
-    assert "interrupted; nothing half-written is left" in rest
-    assert list(tmp_path.iterdir()) == []
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130, said
+    kept, line, last = said[-3:]
+    assert kept == f"gfwsvd: what is done is kept in {out}.work; to go on from it:"
+    assert last == "gfwsvd: interrupted; nothing half-written is left"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{out.name}.work"]
+    words = shlex.split(line)
+    assert words[:3] == command[:3]
+    again = run(*words[3:]).stderr
+    assert "pass 20 of 20" in again and "pass 1 of 20" not in again
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_ctrl_c_in_a_sweep_says_the_command_that_goes_on_once_there_is_a_row(workspace, tmp_path, monkeypatch):
+    arguments = ("sweep", workspace / "model", "--stats", workspace / "stats", "--text", workspace / "text.txt")
+    arguments += ("--window", "64", "--limit", "3", "--out", tmp_path / "out", "--method", "svd", "--keep", "0.8")
+    monkeypatch.setattr("sys.argv", ["gfwsvd", *map(str, arguments)])
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gfwsvd.sweep.evaluate", interrupt)
+        assert "to go on from it" not in run(*arguments, status=130).stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("gfwsvd.sweep.compress", interrupt)
+        said = run(*arguments, status=130).stderr.splitlines()
+    line = said[said.index(f"gfwsvd: what is done is kept in {tmp_path / 'out' / 'rows.jsonl'}; to go on from it:") + 1]
+    assert line.startswith("gfwsvd sweep ")
+    with monkeypatch.context() as patch:
+        patch.setattr("gfwsvd.sweep.dense_row", interrupt)  # which is there
+        assert [row["keep"] for row in run_json(*shlex.split(line)[1:])["rows"]] == [1, 0.8]
 
 
 def test_a_sweep_writes_rows_and_a_picture_and_goes_on_where_it_was(workspace, tmp_path):

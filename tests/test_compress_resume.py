@@ -175,9 +175,10 @@ def test_the_command_goes_on_after_ctrl_c_and_removes_its_work(tmp_path, monkeyp
             return judged_decomposition(*arguments, name=name, **options)
 
         patch.setattr("gfwsvd.solve.judged_decomposition", interrupted)
+        patch.setattr("sys.argv", ["gfwsvd", "compress"])
         result = run("out")
     assert result.exit_code == 130
-    assert f"the same command goes on from what is kept in {tmp_path / 'out.work'}" in result.stderr
+    assert f"what is done is kept in {tmp_path / 'out.work'}; to go on from it:\ngfwsvd compress\n" in result.stderr
     refused = run("out", "--damping", "0.5")
     assert refused.exit_code == 1 and "damping was 0.01 and is 0.5" in refused.stderr
     assert run("out").exit_code == run("whole").exit_code == 0

@@ -92,6 +92,29 @@ def test_the_sums_are_written_no_more_often_than_asked(tmp_path, monkeypatch):
     assert saves == [len(WINDOWS)]
 
 
+@pytest.mark.parametrize("within", [True, False], ids=["a pass", "the loop"])
+def test_ctrl_c_loses_no_batch_that_is_done(tmp_path, monkeypatch, within):
+    """Which those of the last seconds would be, were the sums kept by time alone."""
+    monkeypatch.setattr(MODULE, "_KEPT_EVERY", 1e9)
+    model, passes = tiny_model("llama"), []
+
+    def interrupted(*_):
+        passes.append(1)
+        if len(passes) == 5:  # one shows what the model does to its logits: of the batches, three are done
+            raise KeyboardInterrupt
+
+    whole, about = evaluate(model, WINDOWS, **SETTINGS), about_evaluation(model, WINDOWS, **SETTINGS)
+    with pytest.raises(KeyboardInterrupt), open_work(tmp_path / "w", about) as work:
+        hook = model.register_forward_pre_hook(interrupted) if within else None
+        evaluate(model, WINDOWS, **SETTINGS, work=work, track=stopping(99 if within else 3))
+    if hook is not None:
+        hook.remove()
+    seen: list[int] = []
+    with open_work(tmp_path / "w", about) as work:
+        found = evaluate(model, WINDOWS, **SETTINGS, work=work, track=stopping(99, seen))
+    assert seen == [6, 8, 10] and timeless(found) == timeless(whole)
+
+
 KILLED = """
 import json, sys
 import torch
@@ -148,7 +171,8 @@ def test_the_command_goes_on_after_an_interruption_and_removes_what_it_kept(tmp_
     assert not (tmp_path / "w").exists()
     with monkeypatch.context() as patch:
         patch.setattr("gfwsvd.cli_measure.bar", stopping(4))
-        run(130)
+        patch.setattr("sys.argv", ["/bin/gfwsvd", "eval", "a model", "--work", "w"])
+        assert f"kept in {tmp_path / 'w'}; to go on from it:\n/bin/gfwsvd eval 'a model' --work w\n" in run(130)
     assert "batch_size was 1 and is 2" in run(1, "--batch-size", "2")
     seen: list[int] = []
     monkeypatch.setattr("gfwsvd.cli_measure.bar", stopping(99, seen))

@@ -3,11 +3,13 @@ Each is one clear error, and what was there before is there after."""
 
 import contextlib
 import importlib
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import gfwsvd
-from gfwsvd import folders
 from gfwsvd.cli import app
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
@@ -27,7 +28,8 @@ from gfwsvd.sources import load_model, load_text
 from gfwsvd.store import save_statistics
 from gfwsvd.sweep import read_rows, sweep
 from gfwsvd.tune import tune
-from gfwsvd.work import open_work
+from gfwsvd.work import open_work, remove_work
+from processes import exit_codes, start
 from tiny_models import random_tokens, tiny_model, word_tokenizer
 
 HUB = importlib.import_module("huggingface_hub.constants")
@@ -166,6 +168,16 @@ def test_a_disk_full_in_a_sweep_keeps_the_rows_before(statistics, tmp_path):
     assert read_rows(rows)[:1] == before and len(read_rows(rows)) == 2
 
 
+@pytest.mark.parametrize("size", [100, 5000], ids=["header", "tensors"])
+def test_a_disk_full_while_work_is_kept_leaves_the_state_before(tmp_path, size):
+    with open_work(tmp_path / "w", {}) as work:
+        work.save("state", {"a": torch.ones(1)}, {"done": 1})
+        before = contents(tmp_path)
+        with disk_full_after(size), pytest.raises(GfwsvdError, match="could not keep the work in .*File too large"):
+            work.save("state", {"a": torch.ones(10_000)}, {"done": 2})
+        assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("size", [50_000, 300_000], ids=["factors", "moments"])
 def test_a_disk_full_in_a_training_is_an_error_of_ours(originals, tmp_path, size):
     model = load_model(str(originals / "small"))[0]
@@ -176,29 +188,45 @@ def test_a_disk_full_in_a_training_is_an_error_of_ours(originals, tmp_path, size
 # ---------------------------------------------------------------------------------------------- places not to write to
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "calibrate MODEL --text pydoc --stats OUT",
-        "compress MODEL --method svd --out OUT",
-        "compress MODEL --method svd --out FREE --report OUT",
-        "tune MODEL --text pydoc --out OUT",
-        "convert MODEL --merge --out OUT",
-        "latency MODEL --tokens 1 --out OUT",
-        "sweep MODEL --stats STATS --text pydoc --out OUT",
-        "eval MODEL --text pydoc --work OUT",
-    ],
+WRITERS = (
+    "calibrate MODEL --text pydoc --stats OUT",
+    "compress MODEL --method svd --out OUT",
+    "compress MODEL --method svd --out FREE --report OUT",
+    "tune MODEL --text pydoc --out OUT",
+    "convert MODEL --merge --out OUT",
+    "latency MODEL --tokens 1 --out OUT",
+    "sweep MODEL --stats STATS --text pydoc --out OUT",
+    "eval MODEL --text pydoc --work OUT",
 )
-def test_a_place_without_permission_is_refused_before_the_model_is_looked_for(
-    originals, tmp_path, command, monkeypatch
-):
-    (tmp_path / "theirs").mkdir()
-    # For root, who may run the tests, no permission is missing.
-    monkeypatch.setattr(folders.os, "access", lambda path, mode: path != tmp_path / "theirs")
-    places = {"OUT": tmp_path / "theirs" / "out", "FREE": tmp_path / "out", "STATS": originals / "stats"}
-    said = refused(*(places.get(word, "no-such-model" if word == "MODEL" else word) for word in command.split()))
-    assert "no permission to write in" in said
-    assert list(tmp_path.rglob("*")) == [tmp_path / "theirs"]
+NOBODY = 65534  # a user without files of its own
+
+
+def _say_as_nobody(folder: Path, commands: list[list[str]]) -> None:
+    """Leaves in `folder` what each command says to a user to whom the permissions of folders apply."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    (folder / "said.json").write_text(json.dumps([refused(*command) for command in commands]))
+
+
+def test_a_place_without_permission_is_refused_before_the_model_is_looked_for(originals):
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's folders, which are their user's alone
+        root = Path(name)
+        root.chmod(0o755)
+        shutil.copytree(originals / "stats", root / "stats")
+        for file in (root / "stats").iterdir():
+            file.chmod(0o644)
+        for folder, mode in (("theirs", 0o555), ("free", 0o777)):
+            (root / folder).mkdir()
+            (root / folder).chmod(mode)
+        places = {"MODEL": "no-such-model", "OUT": root / "theirs/out", "FREE": root / "free/out"}
+        places["STATS"] = root / "stats"
+        commands = [[str(places.get(word, word)) for word in command.split()] for command in WRITERS]
+        assert exit_codes([start(_say_as_nobody, root / "free", commands)]) == [0]
+        for command, said in zip(WRITERS, json.loads((root / "free/said.json").read_text()), strict=True):
+            assert f"no permission to write in {root / 'theirs'};" in said, command
+        assert [path.name for path in (root / "free").iterdir()] == ["said.json"]
 
 
 # ---------------------------------------------------------------------------------------------------- texts that end
@@ -303,11 +331,42 @@ def test_a_hub_that_does_not_answer_is_named_with_what_to_do(tmp_path):
 # ---------------------------------------------------------------------------------------------- a second run meanwhile
 
 
-def test_a_second_sweep_into_one_folder_is_refused_before_it_loads_the_model(originals, tmp_path):
-    arguments = ("sweep", "no-such-model", "--stats", originals / "stats", "--text", "pydoc", "--out", tmp_path / "out")
-    with locked_folder(tmp_path / "out"):
-        assert f"another process is at work in {tmp_path / 'out'}" in refused(*arguments)
-    assert "cannot load the model no-such-model" in refused(*arguments)
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [
+        ("calibrate DENSE --text TEXT --stats OUT", ".work"),
+        ("compress DENSE --method svd --out OUT", ".work"),
+        ("tune SMALL --text TEXT --out OUT", ".tune"),
+        ("eval DENSE --text TEXT --work OUT", ""),
+        ("sweep DENSE --stats STATS --text TEXT --out OUT", ""),
+    ],
+)
+def test_a_second_run_into_one_folder_is_refused_before_it_loads_the_model(
+    originals, tmp_path, monkeypatch, command, ending
+):
+    def never(*_, **__):
+        raise GfwsvdError("a model was loaded")
+
+    monkeypatch.setattr("gfwsvd.sources.load_model", never)
+    places = {name.upper(): originals / name for name in ("dense", "small", "stats")}
+    places |= {"TEXT": originals / "text.txt", "OUT": tmp_path / "out"}
+    arguments = [places.get(word, word) for word in command.split()]
+    with locked_folder(tmp_path / f"out{ending}") as folder:
+        assert f"another process is at work in {folder}" in refused(*arguments)
+    assert "a model was loaded" in refused(*arguments)
+
+
+def test_a_command_removes_its_work_while_no_other_can_take_it(originals, tmp_path, monkeypatch):
+    def spy(folder):
+        with pytest.raises(GfwsvdError, match="another process is at work"), locked_folder(folder):
+            pass
+        remove_work(folder)
+
+    monkeypatch.setattr("gfwsvd.cli_app.remove_work", spy)
+    command = ("compress", originals / "dense", "--method", "svd", "--keep", "0.6", "--out", tmp_path / "out")
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_training_in_one_folder_is_refused_before_it_evaluates(originals, tmp_path):

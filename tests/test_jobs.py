@@ -16,7 +16,7 @@ from gfwsvd.calibration import Statistics, about_calibration, calibrate
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.packed import TENSORS
 from gfwsvd.store import load_statistics, save_statistics
-from gfwsvd.work import open_job_work
+from gfwsvd.work import open_work
 from processes import exit_codes, start_job
 from tiny_models import random_tokens, tiny_model
 
@@ -46,7 +46,7 @@ def _calibrate(folder: Path, settings: dict[str, Any], killed: int | None = None
 
     model = tiny_model("llama")
     try:
-        with open_job_work(folder / "work", about_calibration(model, BATCHES, **settings)) as work:
+        with open_work(folder / "work", about_calibration(model, BATCHES, **settings)) as work:
             found = calibrate(model, BATCHES, heldout=1, work=work, track=track, **settings)
             if ranked.rank() == 0:
                 save_statistics(found, folder / "statistics")
@@ -89,22 +89,24 @@ def test_a_job_of_two_has_the_statistics_of_one_process(settings, tmp_path):
     assert (len(first_passes[0]) > 1) == ("host_memory" in settings)
 
 
-def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(tmp_path):
+@pytest.mark.parametrize(("size", "killed"), [(3, 1), (2, 0)])  # rank 0 holds the lock, and writes
+def test_a_killed_process_ends_the_job_and_the_next_goes_on_from_what_was_kept(tmp_path, size, killed):
     settings = SETTINGS[0]
-    codes = exit_codes(start_job(3, _calibrate, tmp_path, settings, 1))
-    assert codes == [3, -signal.SIGKILL, 3]
-    for rank in (0, 2):
+    codes = exit_codes(start_job(size, _calibrate, tmp_path, settings, killed))
+    assert codes == [-signal.SIGKILL if rank == killed else 3 for rank in range(size)]
+    for rank in set(range(size)) - {killed}:
         message = (tmp_path / f"error-{rank}.txt").read_text()
         assert "lost touch with the others" in message and "the same command goes on" in message
-    for rank in range(3):
+    for rank in range(size):
         (tmp_path / f"seen-{rank}.txt").unlink()
     about = about_calibration(tiny_model("llama"), BATCHES, **settings)
-    with pytest.raises(GfwsvdError, match="processes was 3 and is 1"), open_job_work(tmp_path / "work", about):
+    with pytest.raises(GfwsvdError, match=f"processes was {size} and is 1"), open_work(tmp_path / "work", about):
         pass
-    assert exit_codes(start_job(3, _calibrate, tmp_path, settings)) == [0, 0, 0]
-    lines = _seen(tmp_path, 3)
+    assert exit_codes(start_job(size, _calibrate, tmp_path, settings)) == [0] * size
+    lines = _seen(tmp_path, size)
     assert not any("pass 1" in line for part in lines for line in part)  # which was done
-    assert lines[1][0] == "calibration pass 2 of 2: 1"  # of its three batches, two were kept
+    batches = len(range(killed, 10, size))
+    assert lines[killed][0] == f"calibration pass 2 of 2: {batches - 2}"  # two were kept
     expected = calibrate(tiny_model("llama"), BATCHES, heldout=1, **settings)
     _assert_same(load_statistics(tmp_path / "statistics")[0], expected)
 

@@ -316,8 +316,9 @@ def test_the_command_goes_on_after_ctrl_c(workspace, tmp_path, monkeypatch):
     command(workspace, *options, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr("gfwsvd.cli_change.bar", interrupted(4))
+        patch.setattr("sys.argv", ["gfwsvd", "tune"])
         result = command(workspace, *options, "--out", tmp_path / "out", status=130)
-    assert "the same command goes on from the last checkpoint in" in result.stderr
+    assert f"what is done is kept in {tmp_path / 'out.tune'}; to go on from it:\ngfwsvd tune\n" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tune", "whole"]
     other = command(workspace, *options, "--out", tmp_path / "out", "--learning-rate", "1e-3", status=1)
     assert "learning_rate was 0.0001 and is 0.001" in other.stderr

@@ -1,14 +1,17 @@
 """Work in progress on disk: whole or not there, of one setting, of one process."""
 
+import fcntl
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.work import open_work, remove_work
+from gfwsvd.work import claimed, open_work, remove_work
 
 ABOUT = {"sweeps": 2, "data": "abc"}
 
@@ -70,15 +73,50 @@ def test_a_state_that_was_cut_short_is_named(tmp_path: Path) -> None:
             work.load("state")
 
 
-def test_a_full_disk_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_what_a_killed_removal_leaves_is_no_work_and_binds_nobody(tmp_path: Path) -> None:
+    for removed in range(4):
+        with open_work(tmp_path / "w", ABOUT) as work:
+            for number in range(3):
+                work.save(f"state-{number}", {"a": torch.ones(1)}, {})
+        with pytest.MonkeyPatch.context() as patch:
+            unlink, left = Path.unlink, iter(range(removed))
 
+            def killed(file: Path, unlink: Any = unlink, left: Any = left, **options: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                unlink(file, **options)
+
+            patch.setattr(Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                remove_work(tmp_path / "w")
+        for _ in range(2):
+            with open_work(tmp_path / "w", {**ABOUT, "sweeps": removed}) as work:
+                assert not any(work.has(f"state-{number}") for number in range(3))
+        assert not (tmp_path / "w").exists()
+
+
+def test_a_lock_on_a_folder_that_its_holder_has_just_removed_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, removed = fcntl.flock, iter([tmp_path / "w"])
+
+    def late(descriptor: int, how: int) -> None:
+        for folder in removed:
+            shutil.rmtree(folder)
+        flock(descriptor, how)
+
+    monkeypatch.setattr("gfwsvd.folders.fcntl.flock", late)
     with open_work(tmp_path / "w", ABOUT) as work:
-        work.save("state", {"a": torch.ones(1)}, {"done": 1})
-        with monkeypatch.context() as patch:
-            patch.setattr("gfwsvd.work.save_file", full)
-            with pytest.raises(GfwsvdError, match="No space left"):
-                work.save("state", {"a": torch.ones(1)}, {"done": 2})
-        found = work.load("state")
-    assert found is not None and found[1] == {"done": 1}
+        work.save("state", {"a": torch.ones(1)}, {})
+        with pytest.raises(GfwsvdError, match="another process is at work"), claimed(tmp_path / "w"):
+            pass
+    assert (tmp_path / "w" / "state.safetensors").exists()
+
+
+def test_a_claim_of_the_caller_is_enough_and_stays(tmp_path: Path) -> None:
+    with claimed(tmp_path / "w") as claim:
+        with open_work(claim, ABOUT) as work:
+            work.save("state", {"a": torch.ones(1)}, {})
+        with pytest.raises(GfwsvdError, match="another process is at work"), open_work(tmp_path / "w", ABOUT):
+            pass
+        assert claim.open(ABOUT).has("state")
