@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .budget import bytes_text, layer_groups, statistics_bytes
+from .budget import Collected, Room, bytes_text, layer_groups
 from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds
 from .errors import GfwsvdError
 from .footprint import (
@@ -127,15 +127,13 @@ def _groups(shape: Shape, settings: Settings, hardware: Hardware) -> list[list[s
     room = hardware.device_memory - shape.parameters * shape.itemsize - activation_bytes(shape, settings)
     if hardware.device != "cpu":  # the host gets the sums of a group, to write them
         room = min(room, hardware.host_memory)
-    families = (
-        [name for name in shape.linears if shape.leaders[name] == leader] for leader in set(shape.leaders.values())
-    )
-    least = max(_collected(shape, settings, family) for family in families)
-    return layer_groups(shape.linears, shape.leaders, max(room, least), sweeps=settings.sweeps)
+    about = _about(shape, settings)
+    least = max(map(about.bytes, about.families()))
+    return layer_groups(about, [Room(max(room, least), 0, shape.linears)])
 
 
-def _collected(shape: Shape, settings: Settings, names: Iterable[str]) -> int:
-    return statistics_bytes((shape.linears[name] for name in names), sweeps=settings.sweeps)
+def _about(shape: Shape, settings: Settings) -> Collected:
+    return Collected(shape.linears, shape.leaders, settings.collect, settings.sweeps)
 
 
 def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[list[str]]) -> Iterator[Phase]:
@@ -165,7 +163,7 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
     if groups:
         statistics = statistics_on_disk(shape, settings, shape.linears)
         state = max(statistics_on_disk(shape, settings, names) for names in groups)
-        held = max(_collected(shape, settings, names) for names in groups)
+        held = max(map(_about(shape, settings).bytes, groups))
         # Beside what is done lie the last state of a group and that of its present pass
         room = {"device": weights + activation_bytes(shape, settings) + held, "host": state}
         room["disk"] = statistics + 2 * state

@@ -38,6 +38,7 @@ LAYERS = {
     "gfwsvd.guard": 2,
     "gfwsvd.hooks": 3,
     "gfwsvd.losses": 3,
+    "gfwsvd.memory": 3,
     "gfwsvd.collector": 3,
     "gfwsvd.passes": 3,
     "gfwsvd.calibration": 3,

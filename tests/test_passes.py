@@ -11,9 +11,14 @@ from oracles import symmetric
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfwsvd import collector, passes
-from gfwsvd.budget import statistics_bytes
-from gfwsvd.calibration import Statistics, calibrate
+from gfwsvd.budget import Collected
+from gfwsvd.calibration import Statistics, calibrate, input_leaders
 from gfwsvd.errors import GfwsvdError
+from gfwsvd.hooks import frozen
+from gfwsvd.layers import find_linears, weight_shape
+from gfwsvd.losses import forward, next_token_loss
+from gfwsvd.memory import bytes_in_use
+from gfwsvd.methods import GRADIENTS, INPUTS, KRONECKER
 from gfwsvd.packed import NUMBERS, TENSORS
 from gfwsvd.store import save_statistics
 from gfwsvd.work import open_work
@@ -58,26 +63,23 @@ def test_groups_of_layers_have_the_same_statistics_to_the_last_bit(variant):
         titles.append(description)
         return items
 
-    found = calibrate(tiny_model("llama"), BATCHES, device_memory=_needed(), track=track, **VARIANTS[variant])
+    found = calibrate(
+        tiny_model("llama"), BATCHES, device_memory=_needed(**VARIANTS[variant]), track=track, **VARIANTS[variant]
+    )
     assert any("layers 2 of" in title for title in titles)
     _assert_same_bits(found, whole)
 
 
-def _needed() -> int:
-    """About what the largest layers of one input need, with the model and its activations."""
-    model = tiny_model("llama")
-    used = calibration_bytes(model)
-    return used + 2 * statistics_bytes([(64, 160)], sweeps=4)
-
-
-def calibration_bytes(model) -> int:
-    from gfwsvd.calibration import _bytes_in_use
-    from gfwsvd.hooks import frozen
-    from gfwsvd.layers import find_linears
-    from gfwsvd.losses import next_token_loss
-
+def _needed(*, collect=(INPUTS, GRADIENTS, KRONECKER), sweeps=1, online=False, **_) -> int:
+    """What the largest layers of one input need at least, with the model and its activations."""
+    model, loss = tiny_model("llama"), next_token_loss("empirical", 0)
+    backward = list(collect) != [INPUTS]
+    linears = find_linears(model)
+    sizes = {name: weight_shape(module)[::-1] for name, module in linears.items()}
+    collected = Collected(sizes, input_leaders(model, linears, BATCHES[0], forward), frozenset(collect), sweeps, online)
     with frozen(model):
-        return _bytes_in_use(model, find_linears(model), BATCHES[0], next_token_loss("empirical", 0), backward=True)
+        used = bytes_in_use(model, linears, BATCHES[0], loss if backward else forward, backward=backward)
+    return used.kept["cpu"] + max(map(collected.bytes, collected.families()))
 
 
 class _Live(TorchDispatchMode):
@@ -113,12 +115,12 @@ class _Live(TorchDispatchMode):
 def test_a_tight_memory_budget_is_kept(sweeps, tmp_path):
     model = tiny_model("llama")
     weights = sum(value.nbytes for value in model.parameters())
-    peaks = {}
-    for budget in (None, _needed()):
+    tight, peaks = _needed(sweeps=sweeps), {}
+    for budget in (None, tight):
         with open_work(tmp_path / str(budget), ABOUT) as work, _Live() as live:
             calibrate(model, BATCHES, sweeps=sweeps, host_memory=budget, work=work)
         peaks[budget] = weights + live.peak
-    assert peaks[_needed()] <= _needed() < peaks[None]
+    assert peaks[tight] <= tight < peaks[None]
 
 
 def test_a_budget_below_the_needs_of_one_layer_says_what_to_change():
@@ -155,7 +157,7 @@ def test_a_calibration_that_dies_again_and_again_ends_with_the_same_bits(variant
         monkeypatch.setattr(collector.Collector, "_see_input", dying)
         try:
             with open_work(tmp_path / "work", ABOUT) as work:
-                budget = _needed() if memory else None
+                budget = 3 * _needed() // 2 if memory else None
                 found = calibrate(model, BATCHES, host_memory=budget, work=work, **VARIANTS[variant])
                 _assert_same_bits(found, whole)
             break
