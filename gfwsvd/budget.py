@@ -88,14 +88,14 @@ def layer_groups(collected: Collected, rooms: Iterable[Room]) -> list[list[str]]
     Raises:
         GfwsvdError: when the layers of one input alone need more.
     """
-    rooms = [(room, frozenset(room.layers)) for room in rooms]
+    shares = [(room, frozenset(room.layers)) for room in rooms]
     groups: list[list[str]] = []
     for family in collected.families():
-        for room, layers in rooms:
+        for room, layers in shares:
             if (needed := collected.bytes(layers.intersection(family))) > room.left:
                 raise GfwsvdError(_too_little(family, needed, room))
         for group in groups:
-            if all(collected.bytes(layers.intersection(group + family)) <= room.left for room, layers in rooms):
+            if all(collected.bytes(layers.intersection(group + family)) <= room.left for room, layers in shares):
                 group += family
                 break
         else:

@@ -81,7 +81,7 @@ def rooms(
     """What each device has for statistics of layers that are at `places`; the sums of all come to the host, where they
     are written from. On the CPU the lower limit counts."""
     devices = {*places.values(), *taken} - {"cpu"}
-    limits = dict.fromkeys(sorted(devices), device_memory)
+    limits: dict[str, int | None] = dict.fromkeys(sorted(devices), device_memory)
     limits["cpu"] = host_memory if devices else min(filter(None, (device_memory, host_memory)), default=None)
     for place, limit in limits.items():
         if limit is not None:
@@ -92,10 +92,10 @@ def rooms(
 def bytes_in_use(
     model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss, *, backward: bool
 ) -> InUse:
-    """Memory of a calibration besides the statistics: parameters and buffers, those that wait on the host included, what
-    the forward pass of a batch keeps for the backward pass, the copies that a step makes of its largest tensors, and a
+    """Memory of a calibration besides the statistics: parameters and buffers, those that wait on the host included,
+    what the forward pass of a batch keeps for the backward pass, copies that a step makes of its largest tensors, and a
     library's workspace. The pass keeps nothing here, so that it takes less than what it tells of."""
-    blocks = [module for module in model.modules() if _recomputable(module)]
+    blocks: list[Any] = [module for module in model.modules() if _recomputable(module)]
     recomputes = [block for block in blocks if block.gradient_checkpointing]
     kept = _Kept({value.untyped_storage().data_ptr() for value in model.parameters()})
     device = model_device(model)
@@ -181,9 +181,10 @@ def _largest_waiting(model: nn.Module) -> Bytes:
     """Of the weights that come to a device when their module runs, the largest."""
     found: Bytes = Counter()
     for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
         for value in module.parameters(recurse=False):
-            if value.is_meta and hasattr(module, "_hf_hook"):
-                place = str(torch.device(module._hf_hook.execution_device))
+            if value.is_meta and hook is not None:
+                place = str(torch.device(hook.execution_device))
                 found[place] = max(found[place], value.nbytes)
     return found
 

@@ -82,7 +82,7 @@ def _needed(*, collect=(INPUTS, GRADIENTS, KRONECKER), sweeps=1, online=False, *
     return used.kept["cpu"] + max(map(collected.bytes, collected.families()))
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Follows how many bytes of tensors are alive that were made within it."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ def test_a_tight_memory_budget_is_kept(sweeps, tmp_path):
     weights = sum(value.nbytes for value in model.parameters())
     tight, peaks = _needed(sweeps=sweeps), {}
     for budget in (None, tight):
-        with open_work(tmp_path / str(budget), ABOUT) as work, _Live() as live:
+        with open_work(tmp_path / str(budget), ABOUT) as work, Live() as live:
             calibrate(model, BATCHES, sweeps=sweeps, host_memory=budget, work=work)
         peaks[budget] = weights + live.peak
     assert peaks[tight] <= tight < peaks[None]
