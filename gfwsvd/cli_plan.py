@@ -108,8 +108,8 @@ def _print(name: str, found: Plan, *, bits: int | None, gpus: int) -> None:
         else found.groups,
         "statistics": bytes_text(found.statistics_bytes),
         "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after{proviso}",
-        "decoding one text": f"at most {found.speedup:.2f} times as fast, an upper bound: the ratio of the bytes that a "
-        "token reads, of which a machine may make less",
+        "decoding one text": f"at most {found.speedup:.2f} times as fast, an upper bound: the ratio of the bytes that "
+        "a token reads, of which a machine may make less",
         "measured at most": ", ".join(f"{value:.3g} {what}" for what, value in found.ceilings.items()),
     }
     if found.recomputed:

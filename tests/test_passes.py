@@ -1,9 +1,12 @@
 """Calibration that is cut up: into groups of layers, by interruptions, over batches that fail."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +124,49 @@ def test_a_tight_memory_budget_is_kept(sweeps, tmp_path):
             calibrate(model, BATCHES, sweeps=sweeps, host_memory=budget, work=work)
         peaks[budget] = weights + live.peak
     assert peaks[tight] <= tight < peaks[None]
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from gfwsvd.calibration import calibrate
+from gfwsvd.work import open_work
+
+torch.set_num_threads(1)
+sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 1}
+batches = [{"input_ids": torch.randint(64, (1, 16))}]
+
+
+def run(hidden, folder, budget=None):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **(sizes | {"hidden_size": hidden}))).eval()
+    weights = sum(value.nbytes for value in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")
+    now, most = (re.compile(rf"{what}:\\s+(\\d+)") for what in ("VmRSS", "VmHWM"))
+    before = int(now.search(Path("/proc/self/status").read_text())[1]) * 1024
+    with open_work(folder, {}) as work:
+        calibrate(model, batches, heldout=0, host_memory=budget, work=work)
+    print(weights + int(most.search(Path("/proc/self/status").read_text())[1]) * 1024 - before)
+
+
+run(64, Path(sys.argv[1]) / "warm")  # what libraries take at their first use counts in no budget
+run(1024, Path(sys.argv[1]) / "work", int(sys.argv[2]) or None)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
+def test_a_process_stays_within_its_budget_with_what_kernels_take_inside_of_them(tmp_path):
+    """By the memory of a process, which sees the products that no tensor of Python stands for."""
+
+    def peak(budget: int) -> int:
+        command = [sys.executable, "-c", MEASURED, str(tmp_path / str(budget)), str(budget)]
+        (tmp_path / str(budget)).mkdir()
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(found.stdout.split()[-1])
+
+    budget = 88 << 20
+    assert peak(budget) <= budget < peak(0)
 
 
 def test_a_budget_below_the_needs_of_one_layer_says_what_to_change():

@@ -267,10 +267,10 @@ def options(message: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "machine", "expected"),
     [
-        (replace(SETTINGS, batch_size=16), replace(GPU, device_memory=4 << 20), {"--batch-size"}),
+        (replace(SETTINGS, batch_size=16), replace(GPU, device_memory=5 << 19), {"--batch-size"}),
         (
             Settings(sequences=16, seq_len=128, batch_size=1),
-            replace(GPU, device_memory=3 << 20),
+            replace(GPU, device_memory=2 << 20),
             {"--batch-size", "--seq-len", "--sequences"},
         ),
         (SETTINGS, replace(GPU, device_memory=1 << 20), {"--device-memory", "--device"}),
@@ -309,12 +309,14 @@ def test_a_model_that_no_device_holds_is_advised_to_spread_and_that_plan_fits():
         plan(shape, replace(SETTINGS, batch_size=1), cards)
     found = plan(shape, replace(SETTINGS, batch_size=1), replace(cards, spread=True))
     load = found.phases[0].device_bytes
-    assert load == -(-4 * shape.parameters // 4) and found.groups >= 1 and not found.recomputed
+    assert load == -(-4 * shape.parameters // 4) and load < cards.device_memory // 2
     alone = estimate(shape, SETTINGS, replace(cards, gpus=1, spread=True, link=1e9))
     assert alone.recomputed and alone.phases[0].device_bytes == (8 << 20) // 2
     waiting = 4 * shape.parameters - (8 << 20) // 2
     assert alone.phases[0].host_bytes >= waiting, "what the card has no room for waits on the host"
-    assert alone.phases[1].seconds > estimate(shape, SETTINGS, replace(cards, gpus=1)).phases[1].seconds
+    slower = estimate(shape, SETTINGS, replace(cards, gpus=1, spread=True, link=1e6))
+    moved = 2 * 15 / 4 * alone.groups * waiting  # forward and again, in every batch of a sweep
+    assert slower.phases[1].seconds - alone.phases[1].seconds == pytest.approx(moved * (1e-6 - 1e-9))
 
 
 def test_sequences_that_the_model_does_not_take_are_refused_as_calibrate_refuses_them():
@@ -337,7 +339,7 @@ def test_groups_and_memory_of_a_calibration_on_a_cpu_are_as_planned(groups, tmp_
         return estimate(shape, settings, replace(MACHINE, device_memory=limit, host_memory=limit))
 
     # In the middle of the limits that give so many groups, since activations are estimated
-    limits = [limit for limit in range(1_000_000, 5_000_000, 50_000) if planned(limit).groups == groups]
+    limits = [limit for limit in range(2_000_000, 8_000_000, 100_000) if planned(limit).groups == groups]
     limit = limits[len(limits) // 2]
 
     def track(items, title):
