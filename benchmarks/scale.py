@@ -7,8 +7,8 @@ All that `gfwsvd.compress` does from text to checkpoint: the statistics that its
 factors, new layers, files. The weights and tokens are random: none of the phases depends on their values but for the
 guard, which may factor a layer up to four times. Passes and factorisation grow with the layers; the head is the same
 for any number of them. Beside what is measured stands what `gfwsvd plan` predicts for the same work on the machine,
-in groups that fit what is free of its memory before the model is there; what only the commands do (reading the model, files
-of statistics and factors) is predicted alone.
+in groups that fit what is free of its memory before the model is there; what only the commands do (reading the model,
+files of statistics and factors) is predicted alone.
 """
 
 import argparse

@@ -107,8 +107,8 @@ def _too_little(family: Sequence[str], needed: int, room: Room) -> str:
     left = f"{bytes_text(room.left)} are left" if room.left > 0 else "none is left"
     return (
         f"the statistics of {_names(family)} take {bytes_text(needed)}: of {bytes_text(room.limit)} on {room.place} "
-        f"the model and a batch take {bytes_text(room.taken)}, {left} for statistics; give more memory, or smaller batches "
-        "or shorter sequences"
+        f"the model and a batch take {bytes_text(room.taken)}, {left} for statistics; give more memory, or smaller "
+        "batches or shorter sequences"
     )
 
 

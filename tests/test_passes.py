@@ -151,7 +151,8 @@ def run(hidden, folder, budget=None):
 
 
 run(64, Path(sys.argv[1]) / "warm")  # what libraries take at their first use counts in no budget
-run(1024, Path(sys.argv[1]) / "work", int(sys.argv[2]) or None)
+run(1024, Path(sys.argv[1]) / "short", int(sys.argv[2]))
+run(1024, Path(sys.argv[1]) / "whole")
 """
 
 
@@ -159,14 +160,11 @@ run(1024, Path(sys.argv[1]) / "work", int(sys.argv[2]) or None)
 def test_a_process_stays_within_its_budget_with_what_kernels_take_inside_of_them(tmp_path):
     """By the memory of a process, which sees the products that no tensor of Python stands for."""
 
-    def peak(budget: int) -> int:
-        command = [sys.executable, "-c", MEASURED, str(tmp_path / str(budget)), str(budget)]
-        (tmp_path / str(budget)).mkdir()
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(found.stdout.split()[-1])
-
     budget = 88 << 20
-    assert peak(budget) <= budget < peak(0)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path), str(budget)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, short, whole = map(int, found.stdout.split())
+    assert short <= budget < whole
 
 
 def test_a_budget_below_the_needs_of_one_layer_says_what_to_change():
