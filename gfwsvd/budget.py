@@ -1,31 +1,79 @@
 """How much memory the statistics of a model take, and which layers are collected together within a budget."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .errors import GfwsvdError
 from .kronecker import PROBES
+from .methods import GRADIENTS, INPUTS, KRONECKER
 from .statistics import HELDOUT_TOKENS
 
 _FLOAT, _HALF = 4, 2  # bytes
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def statistics_bytes(sizes: Iterable[tuple[int, int]], *, sweeps: int = 1, online: bool = False) -> int:
-    """The most that the statistics of some layers take while a pass collects them, all sums and one layer in work.
+@dataclass(frozen=True)
+class Collected:
+    """The layers whose statistics are collected, and what of them.
 
-    Args:
-        sizes: (d_in, d_out) of each layer.
-        sweeps, online: see `calibrate`.
+    Attributes:
+        sizes: (d_in, d_out) of each layer, in the model's order.
+        leaders: of each, the first layer with the same input, which holds the moment of both.
+        collect, online: see `calibrate`.
+        sweeps: see `calibrate`; one more where it starts from earlier factors.
     """
-    sizes = list(sizes)
-    return sum(_held(*size, sweeps=sweeps, online=online) for size in sizes) + max(_in_work(*size) for size in sizes)
+
+    sizes: Mapping[str, tuple[int, int]]
+    leaders: Mapping[str, str]
+    collect: frozenset[str] = frozenset({INPUTS, GRADIENTS, KRONECKER})
+    sweeps: int = 1
+    online: bool = False
+
+    def bytes(self, names: Iterable[str]) -> int:
+        """The most that the statistics of some layers take while a pass collects them, all sums and one layer in
+        work; 0 of no layer."""
+        names = list(names)
+        return sum(map(self._held, names)) + max((_in_work(*self.sizes[name]) for name in names), default=0)
+
+    def families(self) -> list[list[str]]:
+        """The layers of each input."""
+        found: dict[str, list[str]] = {}
+        for name in self.sizes:
+            found.setdefault(self.leaders[name], []).append(name)
+        return list(found.values())
+
+    def _held(self, name: str) -> int:
+        """Bytes of the sums of a layer: triangles of moments, of the new Kronecker factors, from the second sweep on of
+        those before, of what weighs samples where that is neither; the sketch's probes, held-out tokens."""
+        d_in, d_out = self.sizes[name]
+        factors = (1 + (self.sweeps > 1) + self.online) * (KRONECKER in self.collect)
+        inputs = factors + (INPUTS in self.collect and self.leaders[name] == name)
+        outputs = factors + (GRADIENTS in self.collect)
+        triangles = (inputs * d_in * (d_in + 1) + outputs * d_out * (d_out + 1)) // 2
+        probes = 2 * PROBES * (KRONECKER in self.collect)
+        heldout = HELDOUT_TOKENS * bool(self.collect & {GRADIENTS, KRONECKER})
+        return _FLOAT * triangles + (_FLOAT * probes + _HALF * heldout) * (d_in + d_out)
 
 
-def _held(d_in: int, d_out: int, *, sweeps: int, online: bool) -> int:
-    """Bytes of the sums of a layer: triangles of two moments, of the new Kronecker factors and, from the second sweep
-    on, of those before, of what weighs samples where that is neither; the sketch's probes, held-out tokens."""
-    triangles = (2 + (sweeps > 1) + online) * (d_in * (d_in + 1) + d_out * (d_out + 1)) // 2
-    return _FLOAT * (triangles + 2 * PROBES * (d_in + d_out)) + _HALF * HELDOUT_TOKENS * (d_in + d_out)
+@dataclass(frozen=True)
+class Room:
+    """Memory that the statistics of some layers share.
+
+    Attributes:
+        limit: bytes in all.
+        taken: bytes of them that the model and a batch take.
+        layers: whose statistics come to it.
+        place: what it is called, such as "cuda:0".
+    """
+
+    limit: int
+    taken: int
+    layers: Collection[str]
+    place: str = "the device"
+
+    @property
+    def left(self) -> int:
+        return self.limit - self.taken
 
 
 def _in_work(d_in: int, d_out: int) -> int:
@@ -33,45 +81,35 @@ def _in_work(d_in: int, d_out: int) -> int:
     return 3 * _FLOAT * max(d_in, d_out) ** 2
 
 
-def layer_groups(
-    sizes: Mapping[str, tuple[int, int]],
-    leaders: Mapping[str, str],
-    budget: int | None,
-    *,
-    sweeps: int = 1,
-    online: bool = False,
-) -> list[list[str]]:
-    """The layers, in order, in groups whose statistics fit into `budget` bytes; layers of one input stay together.
-
-    Args:
-        sizes: (d_in, d_out) of each layer.
-        leaders: of each layer, the first one with the same input; see `calibrate`.
-        budget: None for all layers in one group.
-        sweeps, online: see `calibrate`.
+def layer_groups(collected: Collected, rooms: Iterable[Room]) -> list[list[str]]:
+    """The layers in groups whose statistics fit into every room; those of one input stay together, each in the first
+    group that has room for them, so that a group may fill several devices.
 
     Raises:
         GfwsvdError: when the layers of one input alone need more.
     """
-    families: dict[str, list[str]] = {}
-    for name in sizes:
-        families.setdefault(leaders[name], []).append(name)
+    shares = [(room, frozenset(room.layers)) for room in rooms]
     groups: list[list[str]] = []
-    held = in_work = 0  # of the last group
-    for family in families.values():
-        own = sum(_held(*sizes[name], sweeps=sweeps, online=online) for name in family)
-        widest = max(_in_work(*sizes[name]) for name in family)
-        if budget is not None and own + widest > budget:
-            raise GfwsvdError(
-                f"the statistics of {_names(family)} take {bytes_text(own + widest)}, {bytes_text(budget)} are left "
-                "for statistics: give more memory, or smaller batches or shorter sequences, whose activations take the "
-                "rest"
-            )
-        if not groups or budget is not None and held + own + max(in_work, widest) > budget:
-            groups.append([])
-            held = in_work = 0
-        groups[-1] += family
-        held, in_work = held + own, max(in_work, widest)
+    for family in collected.families():
+        for room, layers in shares:
+            if (needed := collected.bytes(layers.intersection(family))) > room.left:
+                raise GfwsvdError(_too_little(family, needed, room))
+        for group in groups:
+            if all(collected.bytes(layers.intersection(group + family)) <= room.left for room, layers in shares):
+                group += family
+                break
+        else:
+            groups.append(list(family))
     return groups
+
+
+def _too_little(family: Sequence[str], needed: int, room: Room) -> str:
+    left = f"{bytes_text(room.left)} are left" if room.left > 0 else "none is left"
+    return (
+        f"the statistics of {_names(family)} take {bytes_text(needed)}: of {bytes_text(room.limit)} on {room.place} "
+        f"the model and a batch take {bytes_text(room.taken)}, {left} for statistics; give more memory, or smaller "
+        "batches or shorter sequences"
+    )
 
 
 def parse_bytes(text: str) -> int:

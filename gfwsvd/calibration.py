@@ -1,5 +1,6 @@
 """Calibration: passes over the data that fill the statistics of every layer, streaming."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from . import ranked
 from .batches import fitted, num_rows
-from .budget import layer_groups
+from .budget import Collected, layer_groups
 from .checks import check_tokens
 from .errors import GfwsvdError
 from .hooks import frozen, watch
 from .layers import dense_weight, find_linears, fingerprint, layer_device, model_device, weight_shape
 from .losses import Batch, Loss, forward, next_token_loss
+from .memory import divided, recomputing
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .passes import Passes
 from .statistics import LABELS, UNITS, LayerStatistics
@@ -26,8 +28,6 @@ from .work import Work
 
 CLIP = 3.0
 HELDOUT_SHARE = 16  # one sequence of so many is held out
-_WORKSPACE = 2 * 32 << 20  # bytes of cuBLAS on a GPU, of the thread that runs forward and of the one that runs backward
-_COPIES = 3  # of its largest tensors that a step holds at a time: their gradients, and copies in float32
 
 
 @dataclass
@@ -145,7 +145,7 @@ def calibrate(
     settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance, "online": online}
     settings |= {"clip": clip, "seed": seed, "start": None if start is None else start.data_sha256}
     run = loss or (forward if collect == {INPUTS} else next_token_loss(labels, seed))
-    with frozen(model):
+    with frozen(model), contextlib.ExitStack() as stack:
         linears = find_linears(model, exclude=exclude)
         splits, first, rows = loss is None and unit != "batch", batches[:1], 0
         leaders, rows = fitted(
@@ -157,21 +157,21 @@ def calibrate(
         sizes = {name: weight_shape(module)[::-1] for name, module in reached.items()}
         if start is not None:
             _check_start(start, sizes)
-        on_host = model_device(model).type == "cpu"
+        limits: dict[str, Any] = {"device_memory": device_memory, "host_memory": host_memory, "backward": backward}
+        collected = Collected(sizes, leaders, collect=collect, sweeps=sweeps + (start is not None), online=online)
 
-        def within_budget() -> tuple[list[list[str]], int]:
-            in_use, most = fitted(
-                lambda parts: _bytes_in_use(model, reached, parts[0], run, backward=backward),
-                first,
-                rows,
-                splits=splits,
+        def divide() -> dict[str, Any]:
+            (groups, recomputed), most = fitted(
+                lambda parts: divided(model, reached, collected, parts[0], run, **limits), first, rows, splits=splits
             )
-            room = _room(device_memory, host_memory, in_use, on_host=on_host)
-            return layer_groups(sizes, leaders, room, sweeps=sweeps, online=online), most
+            return {"groups": groups, "recomputed": recomputed, "batch_rows": most}
 
-        groups = layer_groups(sizes, leaders, None)
+        division: dict[str, Any] = {"groups": layer_groups(collected, []), "recomputed": False, "batch_rows": rows}
         if device_memory is not None or host_memory is not None:
-            groups, rows = _agreed(within_budget, work)
+            division = _agreed(divide, work)
+        if division["recomputed"]:
+            stack.enter_context(recomputing(model))
+        groups = division["groups"]
         passes = Passes(
             model=model,
             linears=reached,
@@ -182,7 +182,7 @@ def calibrate(
             batches=_share(batches, online=online),
             heldout=heldout_batches,
             num_sequences=sum(map(num_rows, [*batches, *heldout_batches])),
-            batch_rows=rows,
+            batch_rows=division["batch_rows"],
             loss=run,
             collect=collect,
             settings=settings,
@@ -226,6 +226,7 @@ def about_calibration(
         "batches": [num_rows(batch) for batch in batches],
         "start": None if start is None else start.data_sha256,
         "sums": "triangles",  # they were squares once: states of those cannot go on
+        "groups": "first fit",  # nor those of groups made otherwise
         "processes": ranked.world_size(),
         **settings,
     }
@@ -318,51 +319,10 @@ def input_leaders(model: nn.Module, linears: Mapping[str, nn.Module], batch: Bat
     return {name: firsts.setdefault(tuple(map(id, seen)), name) for name, seen in inputs.items()}
 
 
-def _agreed(find: Callable[[], tuple[list[list[str]], int]], work: Work | None) -> tuple[list[list[str]], int]:
-    """The groups of layers, and the most sequences at a time, that rank 0 finds: for all processes, and for good, since
-    memory may be measured otherwise when the work goes on."""
-    if work is not None and work.has("groups"):
-        kept = work.values("groups")
-        found = kept["groups"], kept["batch_rows"]
-    else:
-        found = find()
-    groups, rows = ranked.gathered(found)[0]
+def _agreed(find: Callable[[], dict[str, Any]], work: Work | None) -> dict[str, Any]:
+    """What rank 0 finds of how to divide the layers: for all processes, and for good, since memory may be measured
+    otherwise when the work goes on."""
+    found: dict[str, Any] = ranked.gathered(work.values("division") if work and work.has("division") else find())[0]
     if work is not None and ranked.rank() == 0:
-        work.save("groups", {}, {"groups": groups, "batch_rows": rows})
-    return groups, rows
-
-
-def _room(device_memory: int | None, host_memory: int | None, in_use: int, *, on_host: bool) -> int:
-    """Bytes for the statistics of a group on the model's device, from where they go to the host."""
-    device = [] if device_memory is None else [device_memory - in_use]
-    host = [] if host_memory is None else [host_memory - in_use if on_host else host_memory]
-    return min(device + host)
-
-
-def _bytes_in_use(
-    model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch, run: Loss, *, backward: bool
-) -> int:
-    """Device memory of a calibration besides the statistics: parameters and buffers, what the forward pass of a batch
-    keeps for the backward pass, the copies that a step makes of its largest tensors, and a library's workspace."""
-    resident = (value for value in (*model.parameters(), *model.buffers()) if not value.is_meta)
-    parameters = {id(value): value.nbytes for value in resident}
-    weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def see(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    def note(name: str, x: Tensor, *_: Tensor) -> None:
-        see(x)
-
-    with (
-        watch(linears, on_input=note, on_gradient=note if backward else None),
-        torch.autograd.graph.saved_tensors_hooks(see, lambda value: value),
-        torch.set_grad_enabled(backward),
-    ):
-        run(model, _to_device(batch, model))
-    workspace = 0 if model_device(model).type == "cpu" else _WORKSPACE
-    return sum(parameters.values()) + sum(kept.values()) + _COPIES * max(kept.values(), default=0) + workspace
+        work.save("division", {}, found)
+    return found

@@ -23,16 +23,20 @@ def check_tokens(model: nn.Module, ids: Tensor) -> None:
     """GfwsvdError where token ids (N, S) are longer than the model's context or not of its vocabulary."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text, "max_position_embeddings", None)
-    if length is not None and ids.shape[1] > length:
-        raise GfwsvdError(
-            f"the sequences have {ids.shape[1]} tokens, the model takes {length} at most; ask for shorter ones"
-        )
+    check_length(ids.shape[1], getattr(text, "max_position_embeddings", None))
     vocabulary = getattr(text, "vocab_size", None)
     if vocabulary is not None and ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise GfwsvdError(
             f"the tokens are from {ids.min()} to {ids.max()}, the model's vocabulary has {vocabulary}: expected tokens "
             "of the model's own tokenizer"
+        )
+
+
+def check_length(tokens: int, positions: int | None) -> None:
+    """GfwsvdError where sequences of so many tokens are longer than the model has positions (None: any number)."""
+    if positions is not None and tokens > positions:
+        raise GfwsvdError(
+            f"the sequences have {tokens} tokens, the model takes {positions} at most; ask for shorter ones"
         )
 
 

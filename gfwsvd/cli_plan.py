@@ -17,7 +17,6 @@ from .methods import METHODS
 from .options import (
     BatchSize,
     Bits,
-    Device,
     DeviceMemory,
     Dtype,
     HostMemory,
@@ -26,6 +25,7 @@ from .options import (
     Rounds,
     SeqLen,
     Sequences,
+    SpreadDevice,
     Sweeps,
     one_of,
 )
@@ -52,7 +52,7 @@ def plan_command(
     batch_size: BatchSize = 4,
     sweeps: Sweeps = 1,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: SpreadDevice = "cpu",
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     json_output: Json = False,
@@ -74,7 +74,7 @@ def plan_command(
     if json_output:
         print_values({"model": name, **found.to_json()}, json_output)
         return
-    _print(name, found, bits=bits)
+    _print(name, found, bits=bits, gpus=1 if hardware.spread else hardware.gpus)
 
 
 def _limited(hardware: Hardware, *, device_memory: int | None, host_memory: int | None) -> Hardware:
@@ -88,7 +88,7 @@ def _limited(hardware: Hardware, *, device_memory: int | None, host_memory: int 
     )
 
 
-def _print(name: str, found: Plan, *, bits: int | None) -> None:
+def _print(name: str, found: Plan, *, bits: int | None, gpus: int) -> None:
     resources = {"device": "device_bytes", "host": "host_bytes", "disk": "disk_bytes"}
     if not any(phase.device_bytes for phase in found.phases):
         del resources["device"]
@@ -108,8 +108,14 @@ def _print(name: str, found: Plan, *, bits: int | None) -> None:
         else found.groups,
         "statistics": bytes_text(found.statistics_bytes),
         "weights": f"{bytes_text(found.dense_bytes)} before, {bytes_text(found.output_bytes)} after{proviso}",
-        "decoding one text": f"at most {found.speedup:.2f} times as fast, the ratio of the bytes that a token reads",
+        "decoding one text": f"at most {found.speedup:.2f} times as fast, an upper bound: the ratio of the bytes that "
+        "a token reads, of which a machine may make less",
+        "measured at most": ", ".join(f"{value:.3g} {what}" for what, value in found.ceilings.items()),
     }
+    if found.recomputed:
+        values["activations"] = "recomputed, which takes a forward pass more for each batch"
+    if gpus > 1:
+        values["one GPU of"] = f"{gpus}: torchrun --nproc-per-node {gpus} -m gfwsvd shares batches and layers among all"
     print_values(values, json_output=False)
 
 

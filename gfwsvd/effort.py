@@ -37,6 +37,7 @@ class Shape:
         heads, head_dim: of the attention, for queries.
         dtype: of the weights, such as "bfloat16".
         itemsize: bytes of one of them.
+        positions: most tokens of a sequence; None for any number.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -50,6 +51,7 @@ class Shape:
     head_dim: int
     dtype: str
     itemsize: int
+    positions: int | None = None
 
     @property
     def dense(self) -> int:

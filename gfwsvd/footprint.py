@@ -9,6 +9,7 @@ import torch
 
 from .calibration import HELDOUT_SHARE
 from .effort import NO_SPECTRUM, Ranks, Shape
+from .hardware import Hardware
 from .layers import LowRankLinear
 from .methods import GRADIENTS, INPUTS, KRONECKER, method_named
 from .quantise import check_bits
@@ -113,6 +114,37 @@ def activation_bytes(shape: Shape, settings: Settings) -> int:
     block = shape.widest * shape.itemsize + 2 * 2 * 4 * shape.hidden
     logits = 4 * 4 * shape.vocabulary
     return settings.batch_tokens * ((inputs + outputs) * shape.itemsize + shape.blocks * block + logits)
+
+
+def recomputed_bytes(shape: Shape, settings: Settings) -> int:
+    """The same where blocks keep their inputs alone and one at a time runs again."""
+    logits = 4 * 4 * shape.vocabulary * settings.batch_tokens
+    of_block = (activation_bytes(shape, settings) - logits) // shape.blocks
+    return of_block + logits + settings.batch_tokens * shape.blocks * shape.hidden * shape.itemsize
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Bytes of weights on each device, and of those that wait on the host and on disk until they run."""
+
+    device: int
+    host: int
+    disk: int
+
+    @property
+    def waiting(self) -> int:
+        return self.host + self.disk
+
+
+def placed(shape: Shape, hardware: Hardware) -> Placed:
+    """Where the weights are: spread, they take half of the memory of each place, as `cli_app.placement` has it."""
+    weights = shape.parameters * shape.itemsize
+    if not hardware.spread:
+        return Placed(weights, 0, 0)
+    device = min(-(-weights // hardware.gpus), hardware.device_memory // 2)
+    rest = max(0, weights - hardware.gpus * device)
+    host = min(rest, hardware.host_memory // 2) if hardware.device != "cpu" else 0
+    return Placed(device, host, rest - host)
 
 
 def statistics_on_disk(shape: Shape, settings: Settings, names: Iterable[str]) -> int:

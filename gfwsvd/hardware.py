@@ -59,6 +59,9 @@ class Hardware:
             into new memory, by the bytes that are read.
         disk_read, disk_write, digest: bytes a second, from and to the disk and through SHA-256.
         device_memory, host_memory, disk: free bytes; the first two are the same on a CPU.
+        gpus: GPUs that are here, of the same memory; 1 on a CPU.
+        link: bytes a second from the host to a GPU.
+        spread: whether weights go to all GPUs, the host and the disk ("--device auto").
     """
 
     device: str
@@ -70,21 +73,38 @@ class Hardware:
     device_memory: int
     host_memory: int
     disk: int
+    gpus: int = 1
+    link: float = math.inf
+    spread: bool = False
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The best that was measured: TFLOP/s of products by dtype, GB/s of memory (read and written), of the link to a
+        GPU where there is one, of the disk and of SHA-256."""
+        found = {}
+        for name, curve in self.curves.items():
+            kind, _, dtype = name.partition(" ")
+            if kind == "matmul":
+                found[f"{dtype} TFLOP/s"] = max(2 * size**3 / taken for size, taken in curve.points) / 1e12
+        found["memory GB/s"] = max(2 * size / taken for size, taken in self.curves["move"].points) / 1e9
+        rates = {"link": self.link, "disk read": self.disk_read, "disk write": self.disk_write, "SHA-256": self.digest}
+        return found | {f"{name} GB/s": rate / 1e9 for name, rate in rates.items() if math.isfinite(rate)}
 
 
 def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.PathLike[str] = ".") -> Hardware:
     """Measures what a compression does most, for about three seconds: an idle machine gives the best estimate.
 
     Args:
-        device: where the model will be.
+        device: where the model will be; "auto" for the GPUs that are here, the host and the disk.
         dtype: of its weights.
         folder: on the disk that will be written to; a file of 32 MiB is there for a moment.
 
     Raises:
         GfwsvdError: for a device that is not here, or a folder that cannot be written to.
     """
+    spread = device == "auto"
     try:
-        device = torch.device(device)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if spread else device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -108,6 +128,9 @@ def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.Pat
         device_memory=torch.cuda.mem_get_info(device)[0] if on_gpu else host,
         host_memory=host,
         disk=shutil.disk_usage(folder).free,
+        gpus=torch.cuda.device_count() if on_gpu else 1,
+        link=_link_rate(device) if on_gpu else math.inf,
+        spread=spread,
     )
 
 
@@ -198,6 +221,13 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
         raise GfwsvdError(
             f"no file can be written to {folder.resolve()}: {error}; start where the output is to go"
         ) from error
+
+
+def _link_rate(device: torch.device) -> float:
+    """Bytes a second from the host's memory, as a module's weights come from there."""
+    source = torch.ones(_FILE, dtype=torch.uint8)
+    source.to(device)
+    return _FILE / _timed(lambda: source.to(device), device, 3)
 
 
 def _digest_rate() -> float:

@@ -2,11 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .budget import bytes_text, layer_groups, statistics_bytes
+from .budget import Collected, Room, bytes_text, layer_groups
+from .checks import check_length
 from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds
 from .errors import GfwsvdError
 from .footprint import (
@@ -14,6 +15,8 @@ from .footprint import (
     activation_bytes,
     check_settings,
     factor_bytes,
+    placed,
+    recomputed_bytes,
     round_bytes,
     saved_bytes,
     statistics_on_disk,
@@ -58,7 +61,9 @@ class Plan:
         statistics_bytes: of the directory of statistics.
         dense_bytes, output_bytes: of the weights before and after; with bits, of layers that all become low-rank: one
             that stays dense keeps its dtype.
-        speedup: of decoding one text, at most: bytes that a token reads before over those after.
+        speedup: an upper bound for decoding one text: bytes that a token reads before over those after.
+        recomputed: whether activations are, since memory is short or weights wait on host or disk.
+        ceilings: see `Hardware.ceilings`.
     """
 
     device: str
@@ -69,6 +74,8 @@ class Plan:
     dense_bytes: int
     output_bytes: int
     speedup: float
+    recomputed: bool
+    ceilings: Mapping[str, float]
 
     @property
     def seconds(self) -> float:
@@ -91,6 +98,8 @@ def plan(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
         GfwsvdError: settings out of range, or more memory or disk than there is; says what would fit.
     """
     check_settings(settings)
+    if method_named(settings.method).needs:
+        check_length(settings.seq_len, shape.positions)
     found = estimate(shape, settings, hardware)
     for phase in found.phases:
         for what, needed, there in _rooms(phase, hardware):
@@ -104,8 +113,9 @@ def plan(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
 
 def estimate(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
     """What a model of `shape` takes of `hardware`, whether or not there is so much."""
-    groups = _groups(shape, settings, hardware)
-    phases = tuple(_phases(shape, settings, hardware, groups))
+    collecting = _collecting(shape, settings, hardware)
+    groups = collecting.groups
+    phases = tuple(_phases(shape, settings, hardware, collecting))
     weights, saved = shape.parameters * shape.itemsize, saved_bytes(shape, settings)
     read = weights - shape.embedding * shape.itemsize
     return Plan(
@@ -117,28 +127,56 @@ def estimate(shape: Shape, settings: Settings, hardware: Hardware) -> Plan:
         dense_bytes=weights,
         output_bytes=weights - saved,
         speedup=read / (read - saved),
+        recomputed=collecting.recomputed,
+        ceilings=hardware.ceilings,
     )
 
 
-def _groups(shape: Shape, settings: Settings, hardware: Hardware) -> list[list[str]]:
-    """The groups that layers are collected in; where not even those of one input find room, as few as these need."""
+@dataclass(frozen=True)
+class _Collecting:
+    """How the statistics are collected: the groups, the most that one of them takes on a device, the bytes of a batch's
+    activations, and whether these are recomputed."""
+
+    groups: list[list[str]]
+    held: int
+    activations: int
+    recomputed: bool
+
+
+def _collecting(shape: Shape, settings: Settings, hardware: Hardware) -> _Collecting:
+    """As `memory.divided` does it; where not even the layers of one input find room, as few groups as these
+    need."""
     if not method_named(settings.method).needs:
-        return []
-    room = hardware.device_memory - shape.parameters * shape.itemsize - activation_bytes(shape, settings)
+        return _Collecting([], 0, 0, False)
+    about, weights = _about(shape, settings), placed(shape, hardware)
+    shares = _shares(shape, hardware)
+    family = max(map(about.bytes, about.families()))
+    kept, recomputed = activation_bytes(shape, settings), recomputed_bytes(shape, settings)
+    short = weights.waiting > 0 or hardware.device_memory - weights.device - kept < family
+    activations = recomputed if short else kept
+    rooms = [Room(max(hardware.device_memory - weights.device - activations, family), 0, share) for share in shares]
     if hardware.device != "cpu":  # the host gets the sums of a group, to write them
-        room = min(room, hardware.host_memory)
-    families = (
-        [name for name in shape.linears if shape.leaders[name] == leader] for leader in set(shape.leaders.values())
-    )
-    least = max(_collected(shape, settings, family) for family in families)
-    return layer_groups(shape.linears, shape.leaders, max(room, least), sweeps=settings.sweeps)
+        rooms.append(Room(max(hardware.host_memory - weights.host, family), 0, shape.linears))
+    groups = layer_groups(about, rooms)
+    held = max(about.bytes(share.intersection(names)) for names in groups for share in shares)
+    return _Collecting(groups, held, activations, short)
 
 
-def _collected(shape: Shape, settings: Settings, names: Iterable[str]) -> int:
-    return statistics_bytes((shape.linears[name] for name in names), sweeps=settings.sweeps)
+def _shares(shape: Shape, hardware: Hardware) -> list[frozenset[str]]:
+    """The layers of each device: with weights spread, as many of the next ones for each; none divides an input's."""
+    families = _about(shape, Settings()).families()
+    count = hardware.gpus if hardware.spread else 1
+    size = -(-len(families) // count)
+    parts = (families[place : place + size] for place in range(0, len(families), size))
+    return [frozenset(itertools.chain(*part)) for part in parts]
 
 
-def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[list[str]]) -> Iterator[Phase]:
+def _about(shape: Shape, settings: Settings) -> Collected:
+    return Collected(shape.linears, shape.leaders, settings.collect, settings.sweeps)
+
+
+def _phases(shape: Shape, settings: Settings, hardware: Hardware, collecting: _Collecting) -> Iterator[Phase]:
+    groups = collecting.groups
     on_cpu = hardware.device == "cpu"
 
     def phase(
@@ -151,27 +189,34 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
         disk: int = 0,
         read: int = 0,
         written: int = 0,
+        moved: float = 0,
     ) -> Phase:
-        """`host` is what the host holds where it is not the device; `read` and `written` are bytes of files."""
+        """`host` is what the host holds where it is not the device; `read` and `written` are bytes of files; `moved`
+        says how often all weights that wait on the host or on disk come to the device."""
         steps = list(steps)
         took = seconds(steps, hardware) + (read / hardware.disk_read + written / hardware.disk_write)
         took += (read + written) / hardware.digest
-        memory = (0, device) if on_cpu else (device, host)
+        took += moved * (place.waiting / hardware.link + place.disk / hardware.disk_read)
+        memory = (0, device) if on_cpu else (device, host + place.host)
         return Phase(name, took, flops(steps), *memory, disk)
 
     weights = shape.parameters * shape.itemsize
-    yield phase("load", device=weights, host=shape.largest * shape.itemsize, read=weights)
+    place = placed(shape, hardware)
+    there = place.device
+    # What waits computes on the first device, and so its compressed form is there
+    on_first = (there + place.waiting) / weights
+    yield phase("load", device=there, host=shape.largest * shape.itemsize, read=weights)
     statistics = 0
     if groups:
         statistics = statistics_on_disk(shape, settings, shape.linears)
         state = max(statistics_on_disk(shape, settings, names) for names in groups)
-        held = max(_collected(shape, settings, names) for names in groups)
         # Beside what is done lie the last state of a group and that of its present pass
-        room = {"device": weights + activation_bytes(shape, settings) + held, "host": state}
+        room = {"device": there + collecting.activations + collecting.held, "host": state}
         room["disk"] = statistics + 2 * state
-        for number, steps in enumerate(_sweeps(shape, settings, len(groups), on_cpu), start=1):
-            yield phase(f"calibration sweep {number}", steps, **room)
-        yield phase("held-out tokens", _others(shape, settings, len(groups)), **room)
+        for number, steps in enumerate(_sweeps(shape, settings, collecting, on_cpu), start=1):
+            yield phase(f"calibration sweep {number}", steps, moved=2 * _batches(settings) * len(groups), **room)
+        held_out = settings.heldout * settings.seq_len / settings.batch_tokens * len(groups)
+        yield phase("held-out tokens", _others(shape, settings, collecting), moved=2 * held_out, **room)
         # Read once more, to be compared with their digests
         yield phase("statistics to disk", **room, read=statistics, written=(settings.sweeps + 1) * statistics)
     solving: dict[str, Any] = {"keep": settings.keep, "sides": settings.sides, "bits": settings.bits}
@@ -181,36 +226,46 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, groups: list[l
     workspace = max(workspace_bytes(*sizes, settings.sides) for sizes in shape.linears.values())
     factors = factor_bytes(shape, settings)
     yield phase(
-        "factorisation", itertools.chain(*solved), device=weights + workspace, host=workspace // 4, disk=statistics
+        "factorisation", itertools.chain(*solved), device=there + workspace, host=workspace // 4, disk=statistics
     )
     files = statistics + factors
-    yield phase("factors to disk", device=weights, disk=files, written=factors)
+    yield phase("factors to disk", device=there, disk=files, written=factors)
     if settings.rounds:
         beside = round_bytes(shape, settings)
         for number in range(settings.rounds + 1):
             steps = _measured(shape, settings, backward=number < settings.rounds)
             title = f"loss after {number} of {settings.rounds} rounds"
-            yield phase(title, steps, device=weights + beside, disk=files, read=factors)
-    yield phase("factors from disk", device=weights + smaller, disk=files, read=files)
-    yield phase("writing", device=smaller, host=smaller, disk=files + smaller, written=smaller)
+            yield phase(title, steps, device=there + beside, disk=files, read=factors)
+    yield phase("factors from disk", device=there + int(on_first * smaller), disk=files, read=files)
+    yield phase("writing", device=int(on_first * smaller), host=smaller, disk=files + smaller, written=smaller)
 
 
-def _sweeps(shape: Shape, settings: Settings, groups: int, on_cpu: bool) -> Iterator[list[Step]]:
+def _batches(settings: Settings) -> float:
+    """Batches of one pass."""
+    return (settings.sequences - settings.heldout) * settings.seq_len / settings.batch_tokens
+
+
+def _sweeps(shape: Shape, settings: Settings, collecting: _Collecting, on_cpu: bool) -> Iterator[list[Step]]:
     """The passes of each sweep."""
-    tokens = settings.batch_tokens
-    batches = (settings.sequences - settings.heldout) * settings.seq_len / tokens
+    batches = _batches(settings)
     for number in range(settings.sweeps):
-        steps = model_pass(shape, tokens, settings.seq_len, times=batches * groups)
+        steps = _pass(shape, settings, collecting, times=batches * len(collecting.groups))
         about: dict[str, Any] = {"collect": settings.collect, "on_cpu": on_cpu, "times": batches}
-        yield steps + collection(shape, tokens, first=number == 0, **about)
+        yield steps + collection(shape, settings.batch_tokens, first=number == 0, **about)
 
 
-def _others(shape: Shape, settings: Settings, groups: int) -> list[Step]:
+def _others(shape: Shape, settings: Settings, collecting: _Collecting) -> list[Step]:
     """The forward pass that shows which layers share an input, and the passes over what is held out."""
-    tokens = settings.batch_tokens
-    times = settings.heldout * settings.seq_len / tokens * groups
-    first = model_pass(shape, tokens, settings.seq_len, backward=False)
-    return first + model_pass(shape, tokens, settings.seq_len, times=times)
+    times = settings.heldout * settings.seq_len / settings.batch_tokens * len(collecting.groups)
+    first = model_pass(shape, settings.batch_tokens, settings.seq_len, backward=False)
+    return first + _pass(shape, settings, collecting, times=times)
+
+
+def _pass(shape: Shape, settings: Settings, collecting: _Collecting, *, times: float) -> list[Step]:
+    """Forward and backward, and forward once more where activations are recomputed."""
+    sizes = settings.batch_tokens, settings.seq_len
+    again = model_pass(shape, *sizes, backward=False, times=times) if collecting.recomputed else []
+    return model_pass(shape, *sizes, times=times) + again
 
 
 def _measured(shape: Shape, settings: Settings, *, backward: bool) -> list[Step]:
@@ -233,10 +288,14 @@ def _rooms(phase: Phase, hardware: Hardware) -> list[tuple[str, int, int]]:
 
 def _advice(found: Plan, shape: Shape, settings: Settings, hardware: Hardware) -> str:
     """What to change so that all fits."""
-    for option, smaller in _smaller(settings):
-        phases = estimate(shape, smaller, hardware).phases
-        if all(needed <= there for phase in phases for _, needed, there in _rooms(phase, hardware)):
-            return f"{option} fits"
+    ways = [("", hardware)]
+    if not hardware.spread:
+        ways.append(("--device auto", replace(hardware, spread=True)))
+    for spread, machine in ways:
+        for option, smaller in [("", settings), *_smaller(settings)]:
+            phases = estimate(shape, smaller, machine).phases
+            if all(needed <= there for phase in phases for _, needed, there in _rooms(phase, machine)):
+                return f"{' '.join(filter(None, (spread, option)))} fits"
     lacking = []
     by_resource = zip(*(_rooms(phase, hardware) for phase in found.phases), strict=True)
     for rooms, advice in zip(by_resource, _LACKING, strict=True):

@@ -65,6 +65,7 @@ def shape_of(model: Any) -> Shape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         dtype=str(weight.dtype).removeprefix("torch."),
         itemsize=weight.itemsize,
+        positions=getattr(config, "max_position_embeddings", None),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import check_stride
 from .errors import GfwsvdError
 from .folders import read_headers, read_json
+from .memory import recompute
 from .texts import hub_out_of_reach, one_line
 from .texts import load_text as load_text
 
@@ -80,7 +81,7 @@ def _load_pretrained(
         spec, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **placement
     )
     if any(value.is_meta for value in model.parameters()):  # else autograd would hold every weight it has seen
-        model.gradient_checkpointing_enable()
+        recompute(model)
     if info["missing_keys"]:
         raise GfwsvdError(
             f"{spec} lacks tensors that {type(model).__name__} needs, among them {min(info['missing_keys'])}; "

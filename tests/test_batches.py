@@ -1,10 +1,12 @@
 """Batches that memory is too short for, or that are not finite, wherever in a calibration they come."""
 
+from collections import Counter
+
 import pytest
 import torch
 from test_passes import assert_same_bits, needed
 
-from gfwsvd import calibration
+from gfwsvd import memory
 from gfwsvd.calibration import calibrate
 from gfwsvd.work import open_work
 from tiny_models import random_tokens, tiny_model
@@ -48,16 +50,16 @@ def batches_of(ids, size):
 
 @pytest.mark.parametrize("budget", [False, True], ids=["first forward pass", "measured within a budget"])
 def test_memory_that_is_short_before_the_first_pass_halves_the_batches(budget, tmp_path):
-    ids, memory = random_tokens(8, 8), needed() if budget else None
+    ids, limit = random_tokens(8, 8), needed() if budget else None
     model = model_short_of_memory(when=lambda _: torch.is_grad_enabled() or not budget)
     with pytest.warns(UserWarning, match="batches of 4 sequences: going on with 2"):
-        found = calibrate(model, batches_of(ids, 4), host_memory=memory, sweeps=2)
+        found = calibrate(model, batches_of(ids, 4), host_memory=limit, sweeps=2)
     assert found.batch_rows == 2
     assert_same_bits(found, calibrate(tiny_model("llama"), batches_of(ids, 2), sweeps=2))
 
 
 def test_groups_stay_when_the_memory_in_use_is_measured_otherwise_later(tmp_path, monkeypatch):
-    batches, measured, memory = batches_of(random_tokens(4, 8), 2), calibration._bytes_in_use, needed()
+    batches, limit = batches_of(random_tokens(4, 8), 2), needed()
 
     def track(items, description):
         if "layers 2" in description:
@@ -65,10 +67,11 @@ def test_groups_stay_when_the_memory_in_use_is_measured_otherwise_later(tmp_path
         return items
 
     with pytest.raises(KeyboardInterrupt), open_work(tmp_path / "work", {}) as work:
-        calibrate(tiny_model("llama"), batches, host_memory=memory, work=work, track=track)
-    monkeypatch.setattr(calibration, "_bytes_in_use", lambda *args, **kwargs: measured(*args, **kwargs) // 2)
+        calibrate(tiny_model("llama"), batches, host_memory=limit, work=work, track=track)
+    less = memory.InUse(Counter(), None)
+    monkeypatch.setattr(memory, "bytes_in_use", lambda *args, **kwargs: less)
     with open_work(tmp_path / "work", {}) as work:
-        found = calibrate(tiny_model("llama"), batches, host_memory=memory, work=work)
+        found = calibrate(tiny_model("llama"), batches, host_memory=limit, work=work)
         assert_same_bits(found, calibrate(tiny_model("llama"), batches))
 
 

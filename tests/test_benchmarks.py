@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,14 @@ def test_overhead_measures_every_pass(workspace, tmp_path, monkeypatch):
 def test_the_benchmark_of_scale_holds_its_plan_beside_what_it_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "_SIZES", [16, 32])
     monkeypatch.setattr(hardware, "_BYTES", [1 << 14, 1 << 16])
-    sizes = ("--layers", 1, "--sequences", 16, "--seq-len", 16, "--batch", 4, "--sweeps", 2)
+    measure = scale.measure
+    monkeypatch.setattr(scale, "measure", lambda *about: replace(measure(*about), device_memory=3_500_000))
+    sizes = ("--layers", 2, "--sequences", 16, "--seq-len", 16, "--batch", 4, "--sweeps", 2)
     run(monkeypatch, scale, "--shape", "tiny", *sizes, "--dtype", "float32", "--results", tmp_path / "rows.jsonl")
     (row,) = record.read(tmp_path / "rows.jsonl")
-    assert row["seconds"].keys() == row["predicted_seconds"].keys()
+    assert row["seconds"].keys() < row["predicted_seconds"].keys()
+    assert {"load", "statistics to disk", "factors to disk"} <= row["predicted_seconds"].keys()
+    assert row["groups"] == row["predicted_groups"] > 1
     expected = {"calibration sweep 1", "calibration sweep 2", "held-out tokens", "factorisation", "writing"}
     assert set(row["seconds"]) == expected
     assert all(seconds > 0 for seconds in row["predicted_seconds"].values())

@@ -1,13 +1,14 @@
 """The package on a GPU: the same statistics, models and tokens as on the CPU, within what rounding does."""
 
 import copy
+import socket
 
 import pytest
 import torch
 from oracles import symmetric
 
 from benchmarks.random_models import random_model
-from gfwsvd import host, passes
+from gfwsvd import host, passes, ranked
 from gfwsvd.calibration import calibrate
 from gfwsvd.cli_app import exactly_repeated
 from gfwsvd.compress import compress
@@ -17,6 +18,7 @@ from gfwsvd.fuse import fuse
 from gfwsvd.hf import save_pretrained
 from gfwsvd.host import to_host
 from gfwsvd.latency import measure_latency
+from gfwsvd.ranked import joined
 from gfwsvd.ranks import STORAGE
 from gfwsvd.statistics import LABELS, UNITS
 from gfwsvd.work import open_work
@@ -120,6 +122,27 @@ def test_a_calibration_that_was_interrupted_goes_on_on_the_gpu(tmp_path, monkeyp
         for name, stats in found.layers.items():
             for matrix in ("input_moment", "output_moment", "left", "right"):
                 _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(whole.layers[name], matrix).cpu()), 1e-5)
+
+
+def test_a_job_of_one_process_with_nccl_has_the_statistics_of_no_job(monkeypatch):
+    """Its sums and broadcasts run; two processes need two GPUs."""
+    model = tiny_model("llama").cuda()
+    expected = calibrate(model, _batches(), sweeps=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in about.items():
+        monkeypatch.setenv(name, value)
+    with joined("cuda"):
+        total = torch.ones(3, device="cuda")
+        torch.distributed.all_reduce(total)
+        torch.distributed.broadcast(total, 0)
+        assert torch.equal(total, torch.ones_like(total)) and ranked.gathered("here") == ["here"]
+        found = calibrate(model, _batches(), sweeps=2)
+    for name, stats in found.layers.items():
+        for matrix in ("input_moment", "output_moment", "left", "right"):
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(expected.layers[name], matrix).cpu()), 1e-5)
 
 
 def test_tensors_come_to_the_host_with_the_same_bits_once_they_are_computed(monkeypatch):

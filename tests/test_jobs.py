@@ -191,7 +191,7 @@ def _calibrate_interrupted(folder: Path, presses: bool) -> None:
             yield item
 
     model = tiny_model("llama")
-    with open_job_work(folder / "work", about_calibration(model, BATCHES)) as work:
+    with open_work(folder / "work", about_calibration(model, BATCHES)) as work:
         try:
             found = calibrate(model, BATCHES, sweeps=2, heldout=1, work=work, track=track)
         except KeyboardInterrupt:

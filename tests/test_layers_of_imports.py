@@ -40,6 +40,7 @@ LAYERS = {
     "gfwsvd.hooks": 3,
     "gfwsvd.losses": 3,
     "gfwsvd.batches": 3,
+    "gfwsvd.memory": 3,
     "gfwsvd.collector": 3,
     "gfwsvd.passes": 3,
     "gfwsvd.calibration": 3,

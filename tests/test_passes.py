@@ -1,9 +1,12 @@
 """Calibration that is cut up: into groups of layers, by interruptions, over batches that fail."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,14 @@ from oracles import symmetric
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfwsvd import collector, passes
-from gfwsvd.budget import statistics_bytes
-from gfwsvd.calibration import Statistics, calibrate
+from gfwsvd.budget import Collected
+from gfwsvd.calibration import Statistics, calibrate, input_leaders
 from gfwsvd.errors import GfwsvdError
+from gfwsvd.hooks import frozen
+from gfwsvd.layers import find_linears, weight_shape
+from gfwsvd.losses import forward, next_token_loss
+from gfwsvd.memory import bytes_in_use
+from gfwsvd.methods import GRADIENTS, INPUTS, KRONECKER
 from gfwsvd.packed import NUMBERS, TENSORS
 from gfwsvd.store import save_statistics
 from gfwsvd.work import open_work
@@ -58,29 +66,26 @@ def test_groups_of_layers_have_the_same_statistics_to_the_last_bit(variant):
         titles.append(description)
         return items
 
-    found = calibrate(tiny_model("llama"), BATCHES, device_memory=needed(), track=track, **VARIANTS[variant])
+    found = calibrate(
+        tiny_model("llama"), BATCHES, device_memory=needed(**VARIANTS[variant]), track=track, **VARIANTS[variant]
+    )
     assert any("layers 2 of" in title for title in titles)
     assert_same_bits(found, whole)
 
 
-def needed() -> int:
-    """About what the largest layers of one input need, with the model and its activations."""
-    model = tiny_model("llama")
-    used = calibration_bytes(model)
-    return used + 2 * statistics_bytes([(64, 160)], sweeps=4)
-
-
-def calibration_bytes(model) -> int:
-    from gfwsvd.calibration import _bytes_in_use
-    from gfwsvd.hooks import frozen
-    from gfwsvd.layers import find_linears
-    from gfwsvd.losses import next_token_loss
-
+def needed(*, collect=(INPUTS, GRADIENTS, KRONECKER), sweeps=1, online=False, **_) -> int:
+    """What the largest layers of one input need at least, with the model and its activations."""
+    model, loss = tiny_model("llama"), next_token_loss("empirical", 0)
+    backward = list(collect) != [INPUTS]
+    linears = find_linears(model)
+    sizes = {name: weight_shape(module)[::-1] for name, module in linears.items()}
+    collected = Collected(sizes, input_leaders(model, linears, BATCHES[0], forward), frozenset(collect), sweeps, online)
     with frozen(model):
-        return _bytes_in_use(model, find_linears(model), BATCHES[0], next_token_loss("empirical", 0), backward=True)
+        used = bytes_in_use(model, linears, BATCHES[0], loss if backward else forward, backward=backward)
+    return used.kept["cpu"] + max(map(collected.bytes, collected.families()))
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Follows how many bytes of tensors are alive that were made within it."""
 
     def __init__(self) -> None:
@@ -113,12 +118,53 @@ class _Live(TorchDispatchMode):
 def test_a_tight_memory_budget_is_kept(sweeps, tmp_path):
     model = tiny_model("llama")
     weights = sum(value.nbytes for value in model.parameters())
-    peaks = {}
-    for budget in (None, needed()):
-        with open_work(tmp_path / str(budget), ABOUT) as work, _Live() as live:
+    tight, peaks = needed(sweeps=sweeps), {}
+    for budget in (None, tight):
+        with open_work(tmp_path / str(budget), ABOUT) as work, Live() as live:
             calibrate(model, BATCHES, sweeps=sweeps, host_memory=budget, work=work)
         peaks[budget] = weights + live.peak
-    assert peaks[needed()] <= needed() < peaks[None]
+    assert peaks[tight] <= tight < peaks[None]
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from gfwsvd.calibration import calibrate
+from gfwsvd.work import open_work
+
+torch.set_num_threads(1)
+sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 1}
+batches = [{"input_ids": torch.randint(64, (1, 16))}]
+
+
+def run(hidden, folder, budget=None):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **(sizes | {"hidden_size": hidden}))).eval()
+    weights = sum(value.nbytes for value in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")
+    now, most = (re.compile(rf"{what}:\\s+(\\d+)") for what in ("VmRSS", "VmHWM"))
+    before = int(now.search(Path("/proc/self/status").read_text())[1]) * 1024
+    with open_work(folder, {}) as work:
+        calibrate(model, batches, heldout=0, host_memory=budget, work=work)
+    print(weights + int(most.search(Path("/proc/self/status").read_text())[1]) * 1024 - before)
+
+
+run(64, Path(sys.argv[1]) / "warm")  # what libraries take at their first use counts in no budget
+run(1024, Path(sys.argv[1]) / "short", int(sys.argv[2]))
+run(1024, Path(sys.argv[1]) / "whole")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
+def test_a_process_stays_within_its_budget_with_what_kernels_take_inside_of_them(tmp_path):
+    """By the memory of a process, which sees the products that no tensor of Python stands for."""
+
+    budget = 88 << 20
+    command = [sys.executable, "-c", MEASURED, str(tmp_path), str(budget)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, short, whole = map(int, found.stdout.split())
+    assert short <= budget < whole
 
 
 def test_a_budget_below_the_needs_of_one_layer_says_what_to_change():
@@ -155,7 +201,7 @@ def test_a_calibration_that_dies_again_and_again_ends_with_the_same_bits(variant
         monkeypatch.setattr(collector.Collector, "_see_input", dying)
         try:
             with open_work(tmp_path / "work", ABOUT) as work:
-                budget = needed() if memory else None
+                budget = 3 * needed() // 2 if memory else None
                 found = calibrate(model, BATCHES, host_memory=budget, work=work, **VARIANTS[variant])
                 assert_same_bits(found, whole)
             break

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_passes import Live
 from test_sources import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained, save_statistics
 from gfwsvd import hardware as hardware_module
-from gfwsvd.calibration import _bytes_in_use, silent
+from gfwsvd.calibration import silent
 from gfwsvd.cli import app
 from gfwsvd.cli_plan import duration
 from gfwsvd.effort import flops, model_pass
@@ -20,10 +21,12 @@ from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.losses import next_token_loss
+from gfwsvd.memory import bytes_in_use
 from gfwsvd.plan import estimate, plan
 from gfwsvd.ranks import Candidate
 from gfwsvd.refine import refined
 from gfwsvd.skeleton import model_shape, shape_of
+from gfwsvd.work import open_work
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
 
 GIB = 1 << 30
@@ -101,7 +104,7 @@ def test_the_memory_of_a_batch_is_near_what_calibration_finds_in_use(kind):
     model, shape = tiny_model(kind), shape_of(tiny_model(kind))
     with frozen(model):
         run = next_token_loss("empirical", 0)
-        found = _bytes_in_use(model, find_linears(model), batches(SETTINGS)[0], run, backward=True)
+        found = bytes_in_use(model, find_linears(model), batches(SETTINGS)[0], run, backward=True).kept["cpu"]
     # Activation functions differ: that of gpt2 keeps more than is counted, that of opt less
     assert 0.85 < activation_bytes(shape, SETTINGS) / (found - shape.parameters * 4) < 1.5
 
@@ -200,7 +203,7 @@ def test_a_token_reads_all_of_an_embedding_that_is_the_head_too():
 def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
     settings = replace(SETTINGS, sequences=10, seq_len=seq_len, batch_size=4, keep=0.5, rounds=rounds)
     model = tiny_model("llama")
-    shape = replace(shape_of(model), heads=0)  # of attention, half is counted
+    shape = replace(shape_of(model), heads=0, positions=None)  # of attention, half is counted
     ranks = {name: rank for name, rank in uniform_ranks(shape, settings).items() if rank is not None}
     assert ranks.keys() == shape.linears.keys()
     linears, sizes, passes = find_linears(model), set(), []
@@ -264,10 +267,10 @@ def options(message: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "machine", "expected"),
     [
-        (replace(SETTINGS, batch_size=16), replace(GPU, device_memory=4 << 20), {"--batch-size"}),
+        (replace(SETTINGS, batch_size=16), replace(GPU, device_memory=5 << 19), {"--batch-size"}),
         (
             Settings(sequences=16, seq_len=128, batch_size=1),
-            replace(GPU, device_memory=3 << 20),
+            replace(GPU, device_memory=2 << 20),
             {"--batch-size", "--seq-len", "--sequences"},
         ),
         (SETTINGS, replace(GPU, device_memory=1 << 20), {"--device-memory", "--device"}),
@@ -294,6 +297,68 @@ def test_what_does_not_fit_is_refused_with_advice_that_works(settings, machine, 
     if machine.device == "cpu" and memory:
         memory = dict.fromkeys(("device_memory", "host_memory"), memory["host_memory"])
     assert plan(shape, replace(settings, **numbers), replace(machine, **memory))
+
+
+def test_a_model_that_no_device_holds_is_advised_to_spread_and_that_plan_fits():
+    tiny = shape_of(tiny_model("llama"))
+    leaders = {f"{number}.{name}": f"{number}.{lead}" for number in range(40) for name, lead in tiny.leaders.items()}
+    linears = {name: tiny.linears[name.partition(".")[2]] for name in leaders}
+    shape = replace(tiny, linears=linears, leaders=leaders, parameters=tiny.parameters + 39 * tiny.dense, blocks=80)
+    cards = replace(GPU, device_memory=8 << 20, gpus=4)
+    with pytest.raises(GfwsvdError, match="load needs .*: --device auto.* fits"):
+        plan(shape, replace(SETTINGS, batch_size=1), cards)
+    found = plan(shape, replace(SETTINGS, batch_size=1), replace(cards, spread=True))
+    load = found.phases[0].device_bytes
+    assert load == -(-4 * shape.parameters // 4) and load < cards.device_memory // 2
+    alone = estimate(shape, SETTINGS, replace(cards, gpus=1, spread=True, link=1e9))
+    assert alone.recomputed and alone.phases[0].device_bytes == (8 << 20) // 2
+    waiting = 4 * shape.parameters - (8 << 20) // 2
+    assert alone.phases[0].host_bytes >= waiting, "what the card has no room for waits on the host"
+    slower = estimate(shape, SETTINGS, replace(cards, gpus=1, spread=True, link=1e6))
+    moved = 2 * 15 / 4 * alone.groups * waiting  # forward and again, in every batch of a sweep
+    assert slower.phases[1].seconds - alone.phases[1].seconds == pytest.approx(moved * (1e-6 - 1e-9))
+
+
+def test_sequences_that_the_model_does_not_take_are_refused_as_calibrate_refuses_them():
+    shape, settings = shape_of(tiny_model("llama")), Settings(sequences=2, seq_len=300, batch_size=1)
+    with pytest.raises(GfwsvdError, match="have 300 tokens, the model takes 128") as refusal:
+        plan(shape, settings, MACHINE)
+    with pytest.raises(GfwsvdError) as expected:
+        calibrate(tiny_model("llama"), batches(settings))
+    assert str(refusal.value) == str(expected.value)
+    assert plan(shape, replace(settings, method="svd"), MACHINE)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_groups_and_memory_of_a_calibration_on_a_cpu_are_as_planned(groups, tmp_path):
+    model, settings = tiny_model("llama"), Settings(sequences=16, seq_len=16, batch_size=1, sweeps=2)
+    shape, titles = shape_of(model), []
+    weights = sum(value.nbytes for value in model.parameters())
+
+    def planned(limit):
+        return estimate(shape, settings, replace(MACHINE, device_memory=limit, host_memory=limit))
+
+    # In the middle of the limits that give so many groups, since activations are estimated
+    limits = [limit for limit in range(2_000_000, 8_000_000, 100_000) if planned(limit).groups == groups]
+    limit = limits[len(limits) // 2]
+
+    def track(items, title):
+        titles.append(title)
+        return items
+
+    with open_work(tmp_path / "work", {}) as work, Live() as live:
+        calibrate(model, batches(settings), sweeps=2, host_memory=limit, work=work, track=track)
+    found = {title.partition(" of ")[2].rpartition("of ")[2] for title in titles if "layers" in title} or {"1"}
+    assert found == {str(groups)}
+    sweep = planned(limit).phases[1].host_bytes
+    assert 0.6 * sweep < weights + live.peak <= sweep
+
+
+def test_the_best_of_what_was_measured_stands_beside_the_plan():
+    ceilings = MACHINE.ceilings
+    assert ceilings["float64 TFLOP/s"] == pytest.approx(2 / 1e-9 / 1e12) and ceilings["memory GB/s"] == pytest.approx(2)
+    assert "link GB/s" not in ceilings and replace(MACHINE, link=5e9).ceilings["link GB/s"] == 5
+    assert plan(shape_of(tiny_model("llama")), SETTINGS, MACHINE).to_json()["ceilings"] == ceilings
 
 
 def test_a_full_disk_is_refused_before_the_work():
@@ -344,7 +409,10 @@ def test_a_machine_is_measured_by_every_operation_that_a_plan_counts(monkeypatch
     found = measure("cpu", torch.bfloat16, tmp_path)
     assert set(found.curves) == {*NAMES, "matmul bfloat16"} and not list(tmp_path.iterdir())
     assert all(seconds > 0 for curve in found.curves.values() for _, seconds in curve.points)
-    assert found.device_memory == found.host_memory > 0 and found.disk > 0
+    assert found.device_memory == found.host_memory > 0 and found.disk > 0 and not found.spread
+    if not torch.cuda.is_available():
+        spread = measure("auto", torch.bfloat16, tmp_path)
+        assert (spread.device, spread.gpus, spread.spread) == ("cpu", 1, True)
     assert estimate(shape_of(tiny_model("llama").bfloat16()), SETTINGS, found).seconds > 0
 
 
@@ -374,11 +442,14 @@ def test_the_command_prints_a_table_or_json_and_refuses_early(skeletons, monkeyp
     found = json.loads(run(skeletons / "llama", *sizes, "--json").stdout.splitlines()[-1])
     expected = plan(model_shape(str(skeletons / "llama"))[0], SETTINGS, MACHINE)
     assert found == {"model": "llama", **expected.to_json()} and found["seconds"] == pytest.approx(expected.seconds)
-    shown = run(skeletons / "llama", *sizes).stdout
-    assert all(phase.name in shown for phase in expected.phases) and "at most" in shown
+    shown = " ".join(run(skeletons / "llama", *sizes).stdout.split())
+    assert all(phase.name in shown for phase in expected.phases)
+    assert "an upper bound" in shown and "2 memory GB/s" in shown and "float64 TFLOP/s" in shown
     more = json.loads(run(skeletons / "llama", *sizes, "--bits", 8, "--rounds", 2, "--json").stdout.splitlines()[-1])
     asked = replace(SETTINGS, bits=8, rounds=2)
     assert more == {"model": "llama", **plan(model_shape(str(skeletons / "llama"))[0], asked, MACHINE).to_json()}
     refused = run(skeletons / "llama", *sizes, "--host-memory", "1M", status=1)
     assert "calibration sweep 1 needs" in refused.stderr
+    spread = json.loads(run(skeletons / "llama", *sizes, "--device", "auto", "--json").stdout.splitlines()[-1])
+    assert spread["groups"] == found["groups"]
     assert "expected an amount" in run(skeletons / "llama", "--host-memory", "much", status=1).stderr
