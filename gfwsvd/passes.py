@@ -121,8 +121,9 @@ class Passes:
             if left_out and not collector.backward:  # what came before the NaN is in the sums
                 raise GfwsvdError(reason)
             if left_out and group.number == 0:
-                self._leave_out(group, left_out, reason)
+                group.num_skipped += left_out
                 self._check_left_out(group, reason)
+                _warn_left_out(left_out, reason)
             group.rows += num_rows(batch)
             now = time.perf_counter()
             group.seconds[-1] = before + now - began
@@ -214,11 +215,8 @@ class Passes:
         left_out, reason = found
         if left_out:
             group.num_heldout -= left_out
-            self._leave_out(group, left_out, reason)
-
-    def _leave_out(self, group: Group, left_out: int, reason: str) -> None:
-        group.num_skipped += left_out
-        warnings.warn(f"{reason}; {left_out} sequences are left out", stacklevel=2)
+            group.num_skipped += left_out
+            _warn_left_out(left_out, reason)
 
     def _check_left_out(self, group: Group, reason: str) -> None:
         if group.num_skipped * SKIPPED_SHARE > self.num_sequences:
@@ -254,6 +252,10 @@ class Passes:
         return Collector(
             self.model, self.linears, self.leaders, group, self.loss, collect=self.collect, clip=self.settings["clip"]
         )
+
+
+def _warn_left_out(left_out: int, reason: str) -> None:
+    warnings.warn(f"{reason}; {left_out} sequences are left out", stacklevel=3)
 
 
 def _own(label: str) -> str:
