@@ -131,7 +131,7 @@ class CompressionReport:
     def from_json(cls, values: Mapping[str, Any]) -> "CompressionReport":
         """The report of `to_json`'s values; GfwsvdError where they are not one."""
         try:
-            fields = {name: value for name, value in values.items() if name not in _DERIVED}
+            fields = {name: values[name] for name in values if name not in _DERIVED}
             return cls(**{**fields, "layers": [LayerReport(**layer) for layer in values["layers"]]})
         except (KeyError, TypeError) as error:
             raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
