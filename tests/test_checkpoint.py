@@ -43,6 +43,8 @@ def test_inspect_counts_what_the_headers_say(tmp_path):
         "kept": 0.4,
         "time_kept": None,
         "kinds": {"lowrank": 1, "dense": 1},
+        "metrics": None,
+        "unjudged": None,
         "stored": 2 * (8 + 6) + 15,
         "dense": 48 + 15,
         "model_stored": 28 + 6 + 15 + 7,
