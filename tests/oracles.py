@@ -7,7 +7,8 @@ from gfwsvd.layers import LowRankLinear, dense_weight
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,)."""
+    """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,), on the CPU."""
+    lower = lower.cpu()
     if lower.dim() == 1:
         size = round((2 * len(lower) + 0.25) ** 0.5 - 0.5)
         square = torch.zeros(size, size, dtype=torch.float64)
