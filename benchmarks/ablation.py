@@ -54,6 +54,24 @@ STEPS: dict[str, dict[str, Any]] = {
     "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
     "kfac + 2 rounds": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
     "gfwsvd + 2 rounds": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
+    "kfac + gains": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "gains": GAINS},
+    "gfwsvd + gains": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "gains": GAINS},
+    "kfac + 2 rounds + gains": {
+        "method": "kfac",
+        "ranks": "global",
+        "storage": "pivoted",
+        **_BARE,
+        "rounds": 2,
+        "gains": GAINS,
+    },
+    "gfwsvd + 2 rounds + gains": {
+        "method": "gfwsvd",
+        "ranks": "global",
+        "storage": "pivoted",
+        **_BARE,
+        "rounds": 2,
+        "gains": GAINS,
+    },
     "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
