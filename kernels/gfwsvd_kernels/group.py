@@ -79,7 +79,7 @@ class LowRankGroup(nn.Module):
     @property
     def operands(self) -> Operands:
         """The module's tensors as the launchers take them."""
-        return Operands(self.down, self.up, self.bias, self.table, self.scales)
+        return Operands(*self._buffers.values())  # each by its name would take the host longer
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)
