@@ -267,11 +267,10 @@ def _nothing(*args: Any) -> None:
 
 
 def _launch(module: str, name: str, first: Tensor, *args: Any) -> Any:
-    """Triton launches on the current device, whatever holds the tensors."""
     launcher = getattr(import_module(module), name)
-    if first.get_device() == torch.cuda.current_device():
+    if first.get_device() == torch.cuda.current_device():  # to ask costs less than to change
         return launcher(first, *args)
-    with torch.cuda.device(first.device):
+    with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
         return launcher(first, *args)
 
 
