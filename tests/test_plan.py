@@ -30,12 +30,13 @@ from gfwsvd.work import open_work
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
 
 GIB = 1 << 30
-NAMES = ("matmul float32", "matmul float64", "cholesky", "eigh", "qr", "lu", "solve", "move")
+POWERS = {"move": 1.0, "thin float32": 2.0}
+NAMES = ("matmul float32", "matmul float64", "cholesky", "eigh", "qr", "lu", "solve", "gram", *POWERS)
 # A machine that does everything at a rate of its own, whatever the size
 MACHINE = Hardware(
     device="cpu",
     name="made up",
-    curves={name: Curve(((1.0, 1e-9),), 1.0 if name == "move" else 3.0) for name in NAMES},
+    curves={name: Curve(((1.0, 1e-9),), POWERS.get(name, 3.0)) for name in NAMES},
     disk_read=1e9,
     disk_write=1e9,
     digest=1e9,
@@ -43,7 +44,7 @@ MACHINE = Hardware(
     host_memory=GIB,
     disk=GIB,
 )
-CURVES = {**MACHINE.curves, "matmul bfloat16": MACHINE.curves["matmul float32"]}
+CURVES = {**MACHINE.curves} | {f"{kind} bfloat16": MACHINE.curves[f"{kind} float32"] for kind in ("matmul", "thin")}
 GPU = replace(MACHINE, device="cuda")
 SETTINGS = Settings(sequences=16, seq_len=16, batch_size=4)
 
@@ -407,7 +408,7 @@ def test_a_machine_is_measured_by_every_operation_that_a_plan_counts(monkeypatch
     monkeypatch.setattr(hardware_module, "_BYTES", [1 << 10])
     monkeypatch.setattr(hardware_module, "_FILE", 1 << 12)
     found = measure("cpu", torch.bfloat16, tmp_path)
-    assert set(found.curves) == {*NAMES, "matmul bfloat16"} and not list(tmp_path.iterdir())
+    assert set(found.curves) == {*NAMES, "matmul bfloat16", "thin bfloat16"} and not list(tmp_path.iterdir())
     assert all(seconds > 0 for curve in found.curves.values() for _, seconds in curve.points)
     assert found.device_memory == found.host_memory > 0 and found.disk > 0 and not found.spread
     if not torch.cuda.is_available():
