@@ -161,6 +161,17 @@ def costs(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step
     return steps
 
 
+def slopes(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step]:
+    """What it takes beside a pass over batches of `tokens` to see the slopes of the loss by gains of all outputs."""
+    steps = []
+    casts = 2 * 0.75 * (shape.itemsize < 4)  # of output and gradient to float32
+    for name, rank in ranks.items():
+        if rank is not None:
+            steps += _layer(shape, name, tokens, rank, times)
+            steps.append(moves(tokens * shape.linears[name][1], times * (2 + casts)))
+    return steps
+
+
 def collection(
     shape: Shape, tokens: int, *, collect: Collection[str], first: bool, on_cpu: bool, times: float
 ) -> list[Step]:
