@@ -66,13 +66,21 @@ STEPS: dict[str, dict[str, Any]] = {
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
 _ROUNDS = ("gfwsvd + 2 rounds", "kfac + 2 rounds")
-_GAINS = tuple(step for step in STEPS if "gains" in step)
-_EACH = tuple(step for step in STEPS if step not in _ROUNDS + _GAINS)
+_BY_LOSS = (
+    "gfwsvd + 2 rounds + gains",
+    "gfwsvd + gains",
+    "gfwsvd + 2 rounds",
+    "kfac + 2 rounds + gains",
+    "kfac + gains",
+    "kfac + 2 rounds",
+    "+ guard + 2 rounds + gains",
+)
+_EACH = tuple(step for step in STEPS if step not in _BY_LOSS)
 STUDIES = (
     Study("steps", 1, _EACH),
     Study("steps, another seed", 1, _EACH, calibration=(("seed", 1),)),
-    Study("by the loss", 1, _ROUNDS + _GAINS),
-    Study("by the loss, another seed", 1, _ROUNDS + _GAINS, calibration=(("seed", 1),)),
+    Study("by the loss", 1, _BY_LOSS),
+    Study("by the loss, another seed", 1, _BY_LOSS, calibration=(("seed", 1),)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
     Study("frontier, by the loss", 1, ("+ guard + 2 rounds + gains",), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the evaluation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
+    parser.add_argument("--keep", type=float, nargs="+", help="of the studies' shares; default: all")
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
@@ -160,7 +169,10 @@ def _run(
     }
     done = {(row["step"], row["keep"]) for row in _rows(arguments.results, about | mine)}
     wanted = {
-        Run(keep=keep, **STEPS[step]): step for keep in study.keeps for step in study.steps if (step, keep) not in done
+        Run(keep=keep, **STEPS[step]): step
+        for keep in study.keeps
+        for step in study.steps
+        if (step, keep) not in done and keep in (arguments.keep or study.keeps)
     }
     if not wanted:
         return
