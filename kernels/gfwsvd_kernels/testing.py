@@ -27,6 +27,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -68,7 +69,8 @@ class Launch:
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return source(self.kernel, signature, constants, attributes)
 
 
 @dataclass(frozen=True)
