@@ -69,6 +69,12 @@ def found_layout(split, across, rows):
 
 
 @gluon.jit
+def in_loads(width):
+    """A width that is a multiple of LANES, in a way that the compiler sees."""
+    return width // LANES * LANES
+
+
+@gluon.jit
 def products(
     x_ptrs, weight_ptrs, mask_t, mask_o, offs_k, width, num_columns,
     SPLIT: gl.constexpr, ACROSS: gl.constexpr, STEP: gl.constexpr, DEPTH: gl.constexpr, DEPENDENT: gl.constexpr,
@@ -130,6 +136,8 @@ def row_products(
     DEPTH: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """(rows, tokens) float32: rows `first` and on of a weight, of pitch `width`, times the tokens."""
+    width = in_loads(width)
+    stride_x = in_loads(stride_x)
     COPY: gl.constexpr = copy_layout(SPLIT, ACROSS)
     w = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY)))
     offs_o = first + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, gl.SliceLayout(2, COPY)))
@@ -146,7 +154,7 @@ def row_products(
     return gl.convert_layout(found, found_layout(SPLIT, ACROSS, BLOCK_O))
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "d_in", "z_width", "out_width"])
 def down_kernel(
     z_ptr,
     y_ptr,
@@ -189,7 +197,7 @@ def down_kernel(
         gl.store(y_ptr + (offs_t[None, :] * out_width + places[:, None]), y, mask=mask_t & mask_y[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "z_width", "out_width"])
 def up_kernel(
     y_ptr,
     z_ptr,
@@ -227,10 +235,10 @@ def up_kernel(
     places = gl.load(table_ptr + gl.load(record_ptr + PLACES_START) + offs_o, mask=mask_o, other=0)
     bias = load_bias(bias_ptr, places, mask_o, HAS_BIAS)
     z_start = gl.multiple_of(gl.load(record_ptr + Z_START), LANES)
-    pitch = gl.multiple_of(gl.load(record_ptr + PITCH), LANES)
+    pitch = gl.load(record_ptr + PITCH)
     up_start = gl.multiple_of(gl.load(record_ptr + UP_START), LANES)
     y = row_products(
-        z_ptr + z_start, up_ptr + up_start, first, num_rows, num_tokens, pitch, gl.multiple_of(z_width, LANES),
+        z_ptr + z_start, up_ptr + up_start, first, num_rows, num_tokens, pitch, z_width,
         SPLIT, ACROSS, BLOCK_O, BLOCK_T, DEPTH, DEPENDENT,
     )  # fmt: skip
     y = (y + bias[:, None]).to(y_ptr.dtype.element_ty)
@@ -254,7 +262,7 @@ def whole(
     return found
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "z_width", "out_width"])
 def silu_mul_kernel(
     y_ptr,
     z_ptr,
@@ -282,7 +290,7 @@ def silu_mul_kernel(
     COPY: gl.constexpr = copy_layout(SPLIT, ACROSS)
     FOUND: gl.constexpr = found_layout(SPLIT, ACROSS, BLOCK_O)
     HALF: gl.constexpr = SPLIT // 2
-    z_width = gl.multiple_of(z_width, LANES)
+    z_width = in_loads(z_width)
     first = gl.program_id(0) * BLOCK_O
     w = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY)))
     offs_o = first + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, gl.SliceLayout(2, COPY)))
@@ -364,7 +372,8 @@ def few(
     def options(shape: Shape) -> dict[str, int | bool]:
         blocks = {"SPLIT": shape.split, "ACROSS": shape.across, "BLOCK_O": shape.rows}
         blocks |= {"BLOCK_T": block_of_tokens(num_tokens), "DEPTH": shape.depth}
-        flags = {"HAS_BIAS": bias is not None, "DEPENDENT": dependent, "num_warps": shape.split * shape.across}
+        flags = {"HAS_BIAS": bias is not None, "DEPENDENT": dependent, "enable_fp_fusion": True}
+        flags["num_warps"] = shape.split * shape.across
         return blocks | flags | ({"launch_pdl": True} if dependent else {})
 
     for_down, for_up = map(options, shapes)
