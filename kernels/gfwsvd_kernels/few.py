@@ -372,8 +372,8 @@ def few(
     def options(shape: Shape) -> dict[str, int | bool]:
         blocks = {"SPLIT": shape.split, "ACROSS": shape.across, "BLOCK_O": shape.rows}
         blocks |= {"BLOCK_T": block_of_tokens(num_tokens), "DEPTH": shape.depth}
+        blocks |= {"num_warps": shape.split * shape.across}
         flags = {"HAS_BIAS": bias is not None, "DEPENDENT": dependent, "enable_fp_fusion": True}
-        flags["num_warps"] = shape.split * shape.across
         return blocks | flags | ({"launch_pdl": True} if dependent else {})
 
     for_down, for_up = map(options, shapes)
