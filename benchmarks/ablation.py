@@ -46,24 +46,35 @@ class Study:
 
 
 _BARE: dict[str, Any] = {"damping": 1e-2, "guard": False}
+_FACTORS: dict[str, Any] = {"ranks": "global", "storage": "factors", **_BARE}
+_PIVOTED: dict[str, Any] = {"ranks": "global", "storage": "pivoted", **_BARE}
 STEPS: dict[str, dict[str, Any]] = {
-    "svd_llm": {"method": "svd_llm", "ranks": "uniform", "storage": "factors", **_BARE},
-    "kfac": {"method": "kfac", "ranks": "uniform", "storage": "factors", **_BARE},
-    "kfac, global": {"method": "kfac", "ranks": "global", "storage": "factors", **_BARE},
-    "kfac, global, pivoted": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE},
-    "gfwsvd, global, pivoted": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE},
-    "kfac + 2 rounds": {"method": "kfac", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
-    "gfwsvd + 2 rounds": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", **_BARE, "rounds": 2},
-    "+ guard": {"method": "gfwsvd", "ranks": "global", "storage": "pivoted", "guard": True},
+    "svd_llm": {"method": "svd_llm", **_FACTORS, "ranks": "uniform"},
+    "kfac": {"method": "kfac", **_FACTORS, "ranks": "uniform"},
+    "kfac, global": {"method": "kfac", **_FACTORS},
+    "kfac, global, pivoted": {"method": "kfac", **_PIVOTED},
+    "gfwsvd, global, pivoted": {"method": "gfwsvd", **_PIVOTED},
+    "kfac + 2 rounds": {"method": "kfac", **_PIVOTED, "rounds": 2},
+    "gfwsvd + 2 rounds": {"method": "gfwsvd", **_PIVOTED, "rounds": 2},
+    "kfac + gains": {"method": "kfac", **_PIVOTED, "gains": 8},
+    "gfwsvd + gains": {"method": "gfwsvd", **_PIVOTED, "gains": 8},
+    "kfac + 2 rounds + gains": {"method": "kfac", **_PIVOTED, "rounds": 2, "gains": 8},
+    "gfwsvd + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "rounds": 2, "gains": 8},
+    "+ guard": {"method": "gfwsvd", **_PIVOTED, "guard": True},
+    "+ guard + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "guard": True, "rounds": 2, "gains": 8},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
 _ROUNDS = ("gfwsvd + 2 rounds", "kfac + 2 rounds")
-_EACH = tuple(step for step in STEPS if step not in _ROUNDS)
+_GAINS = tuple(step for step in STEPS if "gains" in step)
+_EACH = tuple(step for step in STEPS if step not in _ROUNDS + _GAINS)
 STUDIES = (
     Study("steps", 1, _EACH),
     Study("steps, another seed", 1, _EACH, calibration=(("seed", 1),)),
+    Study("by the loss", 1, _ROUNDS + _GAINS),
+    Study("by the loss, another seed", 1, _ROUNDS + _GAINS, calibration=(("seed", 1),)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
+    Study("frontier, by the loss", 1, ("+ guard + 2 rounds + gains",), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
     Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
     Study("a tenth of the tokens", 1 / 10, (*_ONE, "+ guard")),
@@ -77,7 +88,7 @@ STUDIES = (
     Study("unit batch", 1 / 10, _ONE, calibration=(("unit", "batch"),)),
     Study("online", 1 / 10, _ONE, calibration=(("online", True),)),
     Study("two sweeps", 1 / 10, _ONE, calibration=(("sweeps", 2),)),
-    Study("other text", 1 / 10, (*_PEERS, "+ guard"), other=True),
+    Study("other text", 1 / 10, (*_PEERS, "gfwsvd + gains", "+ guard"), other=True),
     Study("half the tokens", 1 / 2, _PEERS),
     Study("more tokens", 2.5, ("svd_llm", *_PEERS)),
     Study("ranks by the loss", 1 / 4, _ROUNDS),
@@ -97,6 +108,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=16, help="evaluation windows")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the evaluation")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
@@ -104,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
-    model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()))
+    model, tokenizer, name = gfwsvd.load_model(arguments.model or str(packaged_smollm2()), device=arguments.device)
     windows = gfwsvd.windows(
         gfwsvd.load_text(arguments.evaluation), tokenizer, window=arguments.window, limit=arguments.limit
     )

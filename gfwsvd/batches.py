@@ -21,6 +21,11 @@ def num_rows(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
+def num_tokens(batch: Batch) -> int:
+    """Entries of a batch's first tensor."""
+    return next(iter(batch.values())).numel()
+
+
 def split_rows(batches: Iterable[Batch], most: int, skip: int = 0) -> list[Batch]:
     """The batches without their first `skip` rows, in parts of at most `most` rows (0 for no limit)."""
     parts: list[Batch] = []

@@ -9,6 +9,7 @@ from typing import Any
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SETTINGS = ("method", "keep", "ranks", "rank_multiple", "storage", "bits", "damping")
 _TEXT = ("text", "sequences", "seq_len", "tokens")
+_STEPS = {"rounds": "round_losses", "gains": "gain_losses"}  # one loss more than there are steps
 _VLLM = "vLLM reads it as it is where gfwsvd is installed beside it. "
 _LOADING = """\
 ## Loading it
@@ -42,6 +43,7 @@ def model_card(report: Mapping[str, Any], *, auto_class: str, base_card: str) ->
     front = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML as well
     settings = {key: report[key] for key in _SETTINGS if report[key] is not None}
     settings |= {key: provenance[key] for key in _TEXT if key in provenance} | dict(provenance.get("settings", {}))
+    settings |= {what: len(report[key]) - 1 for what, key in _STEPS.items() if report[key]}
     settings |= {"converted_from": provenance["converted_from"]} if "converted_from" in provenance else {}
     sizes_in_bytes = {"whole model": report["model_bytes"], "whole model before": report["model_dense_bytes"]}
     kinds = Counter(layer["kind"] for layer in report["layers"])

@@ -26,6 +26,7 @@ from .cli_app import (
 from .compress import DAMPING, RANK_MULTIPLE, about_work, compress
 from .errors import GfwsvdError
 from .folders import check_output_file, check_output_folder
+from .gains import check_gains
 from .latency import LatencyTable
 from .methods import METHODS, method_named
 from .options import (
@@ -38,6 +39,7 @@ from .options import (
     DeviceMemory,
     Dtype,
     Exclude,
+    Gains,
     HostMemory,
     Json,
     Labels,
@@ -63,7 +65,7 @@ from .refine import check_rounds
 from .store import JSON_NAME, load_statistics, save_statistics
 from .texts import text_name
 
-_OF_TEXT = ("text", "sequences", "seq_len", "batch_size", "seed")  # what rounds of allocation need of it
+_OF_TEXT = ("text", "sequences", "seq_len", "batch_size", "seed")  # what rounds and gains need of it
 
 
 @app.command("calibrate")
@@ -161,6 +163,7 @@ def compress_command(
     bound: Bounds = [],  # noqa: B006 - typer copies it
     latency: Latency = None,
     rounds: Rounds = 0,
+    gains: Gains = 0,
     storage: Annotated[
         str,
         typer.Option("--storage", metavar=one_of(STORAGE), help="rows and coefficients of the others, or two factors"),
@@ -202,8 +205,8 @@ def compress_command(
     torchrun, several processes share the layers.
 
     The options from --sequences to --exclude, and those of memory, belong to a calibration on --text and are refused
-    with --stats: statistics bring their own. Method svd needs neither. With --rounds, --stats and --text go together:
-    the text, its sequences, their length and the batches are then what the loss is measured on.
+    with --stats: statistics bring their own. Method svd needs neither. With --rounds or --gains, --stats and --text go
+    together: the text, its sequences, their length and the batches are then what the loss is measured on.
     """
     needs = method_named(method).needs
     check_keep(keep)
@@ -218,12 +221,12 @@ def compress_command(
     if stats is None and text is None and needs:
         raise GfwsvdError(f"method {method} needs calibration: give either --stats DIR or --text TEXT, and not both")
     check_rounds(rounds, ranks, method_named(method))
-    if rounds and text is None:
-        raise GfwsvdError(
-            f"--rounds {rounds} measures the loss of the compressed model on --text TEXT: give it as well"
-        )
+    check_gains(gains, method_named(method))
+    if (rounds or gains) and text is None:
+        asked = f"--rounds {rounds}" if rounds else f"--gains {gains}"
+        raise GfwsvdError(f"{asked} measures the loss of the compressed model on --text TEXT: give it as well")
     if stats is not None:
-        _check_no_calibration(context, but=_OF_TEXT if rounds else ())
+        _check_no_calibration(context, but=_OF_TEXT if rounds or gains else ())
     target = check_output_folder(out, overwrite=overwrite, marker="config.json")
     if report is not None:
         check_output_file(report)
@@ -234,7 +237,7 @@ def compress_command(
         batches = None
         if text is not None:
             about_text = _provenance(name, text, sequences, seq_len)
-            provenance = about_text if statistics is None else {**provenance, "rounds_on": about_text}
+            provenance = about_text if statistics is None else {**provenance, "measured_on": about_text}
             batches = sources.token_batches(
                 sources.load_text(text),
                 tokenizer,
@@ -262,6 +265,7 @@ def compress_command(
             latency=table,
             bits=bits,
             rounds=rounds,
+            gains=gains,
             statistics=statistics,
             work=claim.open(about),
             track=bar,

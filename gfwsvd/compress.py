@@ -10,6 +10,7 @@ from torch import nn
 from .bounds import Bound, bounds_of, check_bounds
 from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration, calibrate, silent
 from .errors import GfwsvdError
+from .gains import Fitted, check_gains, fitted_gains
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
 from .losses import next_token_loss
@@ -19,8 +20,8 @@ from .outcome import LayerReport as LayerReport
 from .quantise import check_bits, check_form
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
 from .refine import Refined, check_rounds, refined
-from .solve import Built, Solution
-from .spread import build_layers, solve_layers
+from .solve import Built, Solution, with_gains
+from .spread import build_layers, curvatures, solve_layers
 from .statistics import LayerStatistics
 from .whiten import check_damping
 from .work import Work
@@ -41,6 +42,7 @@ def compress(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     latency: LatencyTable | None = None,
     rounds: int = 0,
+    gains: int = 0,
     storage: str = "pivoted",
     bits: int | None = None,
     damping: float = DAMPING,
@@ -76,6 +78,9 @@ def compress(
         latency: global ranks minimise the predicted loss within the share `keep` of the layers' time by this table.
         rounds: so many times global ranks are allocated again, by what the errors of the layers cost at the compressed
             model, measured on the first of `batches` (`refine.py`). The model is in memory twice meanwhile.
+        gains: so many steps of fitting one gain for each output of the low-rank layers, on `batches`, by how far the
+            compressed model's predictions are from the dense one's, or by a `loss` that is given (`gains.py`). They are
+            part of the factors afterwards. The model is in memory twice meanwhile.
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
@@ -104,6 +109,7 @@ def compress(
     check_damping(damping)
     check_bounds(bounds or {})
     check_rounds(rounds, ranks, row)
+    check_gains(gains, row)
     if latency is not None and ranks != "global":
         raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
     if latency is not None and bits is not None:
@@ -115,10 +121,12 @@ def compress(
     if latency is not None:
         latency.check((blank.d_out, blank.d_in) for blank in blanks.values())
     cost: Cost = Candidate.stored if latency is None else latency.cost
-    if rounds:
+    if rounds or gains:
         batches = list(batches or ())  # read twice
         if not batches:
-            raise GfwsvdError("rounds measure the loss of the compressed model on batches: give some, or no rounds")
+            raise GfwsvdError(
+                "rounds and gains measure the loss of the compressed model on batches: give some, or neither of them"
+            )
     if statistics is None:
         if row.needs and batches is None:
             raise GfwsvdError(f"method {method} needs calibration: give batches or statistics")
@@ -166,6 +174,21 @@ def compress(
             build=plain,
             track=track,
         )
+    fitted = Fitted({}, [])
+    if gains:
+        low_rank = plain(found.ranks)
+        fitted = fitted_gains(
+            model,
+            linears,
+            low_rank,
+            list(batches or ()),
+            steps=gains,
+            curvatures=curvatures(low_rank, statistics, row),
+            loss=loss,
+            track=track,
+        )
+        form["factors"] = {name: with_gains(given, fitted.gains.get(name)) for name, given in factors.items()}
+        del low_rank  # before the last ones are built
     layers = build_layers(linears, statistics, row, ranks=found.ranks, bits=bits, **form)
     before = model_size(model)
     for name, (layer, _) in layers.items():
@@ -174,6 +197,8 @@ def compress(
     reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
     for report in reports:
         report.loss_scale = found.scales.get(report.name)
+        if (gain := fitted.gains.get(report.name)) is not None:
+            report.gain = (gain - 1).square().mean().sqrt().item()
         if report.kind == "dense":
             candidate = candidates[report.name]
             report.reason = why_dense(candidate, keep=keep, rank_multiple=rank_multiple, cost=cost)
@@ -195,6 +220,7 @@ def compress(
         model_bytes=after.bytes,
         model_dense_bytes=before.bytes,
         round_losses=found.losses,
+        gain_losses=fitted.losses,
         predicts_loss=row.predicts_loss,
         seconds=time.perf_counter() - began,
         layers=reports,

@@ -34,14 +34,14 @@ class GroupedLinear(nn.Module):
         self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # the input, and outputs not yet handed out
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = self.group(x).split(self.widths, -1)
+        outputs = self.group(x).split_with_sizes(self.widths, -1)
         self.waiting = (x, dict(enumerate(outputs[1:], start=1))) if len(outputs) > 1 else None
         return outputs[0]
 
     def take(self, x: Tensor, index: int) -> Tensor:
         """The output of layer `index` of the group for `x`."""
         if self.waiting is None or self.waiting[0] is not x or index not in self.waiting[1]:
-            return self.group(x).split(self.widths, -1)[index]
+            return self.group(x).split_with_sizes(self.widths, -1)[index]
         output = self.waiting[1].pop(index)
         if not self.waiting[1]:
             self.waiting = None  # holds no memory once all is handed out

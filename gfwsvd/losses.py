@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,20 +26,38 @@ def next_token_loss(labels: str, seed: int) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        output = forward(model, batch)
-        if not hasattr(output, "logits") or not is_causal(model):
-            raise GfwsvdError(f"{type(model).__name__} gives no logits of next tokens: give a loss of your own")
-        logits = output.logits[:, :-1]
-        targets = batch.get("labels", ids)[:, 1:]
-        valid = targets != -100
-        if mask is not None:
-            valid = valid & mask[:, 1:].bool() & mask[:, :-1].bool()
-        logits = logits[valid]
+        logits, targets, valid = _next_tokens(model, batch)
         texts = ids if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
         chosen = targets[valid] if labels == "empirical" else _sample(logits.detach(), valid, texts, seed)
         return F.cross_entropy(logits.float(), chosen, reduction="none")
 
     return loss
+
+
+def divergence(reference: Callable[[nn.Module], AbstractContextManager[None]]) -> Loss:
+    """The Kullback-Leibler divergence of the predictions of `model` from those that it makes within
+    `reference(model)`, without gradient, of each predicted token, in nats."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad(), reference(model):
+            expected = _next_tokens(model, batch)[0].float().log_softmax(-1)
+        found = _next_tokens(model, batch)[0].float().log_softmax(-1)
+        return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+
+    return loss
+
+
+def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (T, V) of the predicted tokens, and for all but the first tokens (B, S - 1) what they are and whether
+    they are predicted."""
+    output = forward(model, batch)
+    if not hasattr(output, "logits") or not is_causal(model):
+        raise GfwsvdError(f"{type(model).__name__} gives no logits of next tokens: give a loss of your own")
+    targets, mask = batch.get("labels", batch["input_ids"])[:, 1:], batch.get("attention_mask")
+    valid = targets != -100
+    if mask is not None:
+        valid = valid & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return output.logits[:, :-1][valid], targets, valid
 
 
 def _sample(logits: Tensor, valid: Tensor, texts: Iterable[Tensor], seed: int) -> Tensor:

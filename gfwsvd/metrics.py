@@ -43,11 +43,14 @@ def norm(packed: Tensor) -> float:
     return max(inner(packed, packed), 0.0) ** 0.5
 
 
+def diagonal(metric: Tensor) -> Tensor:
+    """The diagonal (D,) of a metric that is not the identity; a view."""
+    return metric if metric.dim() == 1 else metric.diagonal()
+
+
 def mean_diagonal(metric: Metric) -> float:
     """Mean of the diagonal: the scale that damping is relative to."""
-    if metric is None:
-        return 1.0
-    return (metric if metric.dim() == 1 else metric.diagonal()).double().mean().item()
+    return 1.0 if metric is None else diagonal(metric).double().mean().item()
 
 
 def shrinkage(metric: Tensor, noise: float) -> float:

@@ -83,6 +83,14 @@ Rounds = Annotated[
         "--rounds", min=0, help="allocate ranks so often again, by the loss of the compressed model on --text"
     ),
 ]
+Gains = Annotated[
+    int,
+    typer.Option(
+        "--gains",
+        min=0,
+        help="steps of fitting a gain of each output, so that predictions on --text stay the dense ones",
+    ),
+]
 _BYTES = "in bytes or as 80G, 1.5T, 512M"
 DeviceMemory = Annotated[
     str | None,

@@ -34,6 +34,7 @@ class LayerReport:
         kronecker_residual: share of the Fisher block's energy that its Kronecker fit misses.
         bound: shares of `dense` that it had to store at least and at most; None where nothing was asked.
         loss_scale: what its predicted losses were multiplied by in the allocation, after rounds; else None.
+        gain: root mean square of what the gains of its outputs differ from one; None without gains.
         spectrum, spectrum_index: some whitened singular values and their positions, from 0.
     """
 
@@ -60,6 +61,7 @@ class LayerReport:
     spectrum_index: list[int] = field(default_factory=list)
     bits: int | None = None
     loss_scale: float | None = None
+    gain: float | None = None
 
 
 @dataclass
@@ -80,6 +82,9 @@ class CompressionReport:
         bits: of the factors of low-rank layers where they are whole numbers, else None.
         round_losses: mean loss of the compressed model, as two factors, at the first ranks and after each round of
             allocation, in this order; the ranks of the lowest were taken. Empty without rounds.
+        gain_losses: mean loss of the compressed model, as two factors, on the batches held out from gains, without them
+            and after each step, in this order: divergence from the dense model, or the loss that was given. Empty
+            where there are no gains.
     """
 
     method: str
@@ -103,6 +108,7 @@ class CompressionReport:
     model_bytes: int | None = None
     model_dense_bytes: int | None = None
     round_losses: list[float] = field(default_factory=list)
+    gain_losses: list[float] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, int] | None:

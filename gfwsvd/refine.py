@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ranked
-from .batches import num_rows
 from .errors import GfwsvdError
-from .hooks import frozen, watch
-from .layers import LowRankLinear, dense_weight, loaded, model_device
+from .joint import See, first_tokens, measured
+from .layers import LowRankLinear, dense_weight, loaded
 from .losses import Batch, Loss
 from .methods import Method
 from .ranks import Candidate
@@ -83,28 +81,20 @@ def refined(
     scales = dict.fromkeys(candidates, 1.0)
     losses: list[float] = []
     found = Refined({}, losses, scales)
-    few = _first(batches)
+    few = first_tokens(batches, ROUND_TOKENS)
     for number in range(rounds + 1):
         ranks = allocate({name: _scaled(candidate, scales[name]) for name, candidate in candidates.items()})
         layers = build(ranks)
-        measure: dict[str, Any] = {
-            "backward": number < rounds,
-            "title": f"loss after {number} of {rounds} rounds",
-            "track": track,
-        }
-        try:
-            for name in layers:
-                model.set_submodule(name, layers[name])
-            mean, costs = measured(model, linears, layers, few, loss, **measure)
-        finally:
-            for name in layers:
-                model.set_submodule(name, linears[name])
+        see = error_costs(linears, layers) if number < rounds else None
+        mean, costs = measured(
+            model, layers, few, loss, see=see, title=f"loss after {number} of {rounds} rounds", track=track
+        )
         if mean < min(losses, default=math.inf):
             found = Refined(ranks, losses, dict(scales))
         losses.append(mean)
         predicted = {name: candidates[name].tails()[layer.rank].item() for name, layer in layers.items()}
-        scales = rescaled(scales, costs, predicted)
-        del layers  # before the next ones are built
+        scales = rescaled(scales, {name: cost.item() for name, cost in costs.items()}, predicted)
+        del layers, see  # before the next ones are built
     return found
 
 
@@ -132,65 +122,16 @@ def _scaled(candidate: Candidate, scale: float) -> Candidate:
     return replace(candidate, spectrum=candidate.spectrum * math.sqrt(scale))
 
 
-def _first(batches: Sequence[Batch]) -> list[Batch]:
-    """As many batches as hold `ROUND_TOKENS` entries of their first tensor."""
-    few: list[Batch] = []
-    tokens = 0
-    for batch in batches:
-        if tokens < ROUND_TOKENS:
-            few.append(batch)
-            tokens += next(iter(batch.values())).numel()
-    return few
+def error_costs(linears: Mapping[str, nn.Module], layers: Mapping[str, LowRankLinear]) -> See:
+    """Half of the rate at which the loss falls as a layer's error is taken back, `sum <g, y - W x> / 2` with y what the
+    low-rank layer gives: what the error costs where the loss is quadratic."""
 
+    def see(name: str, x: Tensor, g: Tensor) -> Tensor:
+        linear = linears[name]
+        weight, bias = dense_weight(linear).to(x.device), loaded(linear, "bias")
+        error = (
+            layers[name].forward(x).float() - F.linear(x, weight, None if bias is None else bias.to(x.device)).float()
+        )
+        return 0.5 * (g.float() * error).sum(dtype=torch.float64)
 
-def measured(
-    model: nn.Module,
-    linears: Mapping[str, nn.Module],
-    layers: Mapping[str, LowRankLinear],
-    batches: Sequence[Batch],
-    loss: Loss,
-    *,
-    backward: bool,
-    title: str,
-    track: Track[Any],
-) -> tuple[float, dict[str, float]]:
-    """The mean loss over `batches` of a `model` in which `layers` are; with `backward` also, of each of them, half of
-    the rate at which the loss falls as its error is taken back: what the error costs where the loss is quadratic.
-
-    Args:
-        linears: the dense layers in whose place they are.
-        title: of the progress.
-
-    Raises:
-        GfwsvdError: on all ranks of a job, when the loss is NaN or inf.
-    """
-    costs: dict[str, float] = {}
-
-    def see(name: str, x: Tensor, g: Tensor) -> None:
-        costs[name] = costs.get(name, 0.0) + _cost(layers[name], linears[name], x, g)
-
-    rows = []
-    device = model_device(model)
-    with ranked.shared_errors(), frozen(model), torch.set_grad_enabled(backward):
-        for number in track(ranked.share(range(len(batches))), title):
-            batch = batches[number]
-            costs.clear()
-            with watch(layers, on_input=lambda name, x: None, on_gradient=see):
-                losses = loss(model, {name: value.to(device) for name, value in batch.items()})
-                if not torch.isfinite(total := losses.double().sum()):
-                    raise GfwsvdError(f"the loss of the compressed model is NaN or inf ({num_rows(batch)} sequences)")
-                if backward:
-                    total.backward()
-            rows.append((number, losses.numel(), total.item(), dict(costs)))
-    # By batch, not by process, so that the sums have the same bits in any job
-    found = sorted(row for part in ranked.gathered(rows) for row in part)
-    count = sum(terms for _, terms, _, _ in found)
-    sums = {name: math.fsum(row[3].get(name, 0.0) for row in found) / count for name in layers} if backward else {}
-    return math.fsum(row[2] for row in found) / count, sums
-
-
-def _cost(layer: LowRankLinear, linear: nn.Module, x: Tensor, g: Tensor) -> float:
-    """`sum <g, y - W x> / 2` over the rows of a batch, y what the low-rank layer gives."""
-    weight, bias = dense_weight(linear).to(x.device), loaded(linear, "bias")
-    error = layer.forward(x).float() - F.linear(x, weight, None if bias is None else bias.to(x.device)).float()
-    return 0.5 * (g.float() * error).sum(dtype=torch.float64).item()
+    return see

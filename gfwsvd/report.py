@@ -114,6 +114,7 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
         *(f"<p>{count} {_KINDS[kind]}{_text(reason)}.</p>" for (kind, reason), count in reasons.items()),
         _guard(report),
         _rounds(report.round_losses),
+        _gains(report.gain_losses),
         _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
         _figure(spectra(report), "Singular values of the whitened weights; what lies right of a dot is dropped."),
@@ -173,6 +174,17 @@ def _rounds(losses: Sequence[float]) -> str:
     return (
         f"<p>Ranks were allocated again {len(losses) - 1} times by the loss of the compressed model: {found}; those "
         "of the lowest were taken.</p>"
+    )
+
+
+def _gains(losses: Sequence[float]) -> str:
+    """What gains of outputs brought."""
+    if not losses:
+        return ""
+    found = ", ".join(_number(loss, ".4f") for loss in losses)
+    return (
+        f"<p>Gains of outputs were fitted in {len(losses) - 1} steps. The divergence from the dense model, or the loss "
+        f"that was given, on held-out text: {found}.</p>"
     )
 
 

@@ -136,6 +136,18 @@ def metrics_of(statistics: Statistics, name: str, row: Method, choice: str | Non
     return metrics if choice is None else chosen_metrics(choice, metrics, stats, row)
 
 
+def with_gains(factors: Factors, gains: Tensor | None) -> Factors:
+    """The factors of a layer whose outputs have `gains` (D_OUT,), or none."""
+    if gains is None:
+        return factors
+
+    def scaled() -> tuple[Tensor, Tensor]:
+        up, down = factors()
+        return up * gains[:, None].to(up), down
+
+    return scaled
+
+
 def low_rank(
     module: nn.Module,
     candidate: Candidate,

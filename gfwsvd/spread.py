@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .calibration import Statistics, Track
-from .layers import weight_shape
+from .gains import half_curvature
+from .layers import LowRankLinear, weight_shape
 from .methods import Method
-from .ranked import gathered, owners, rank, send, shared_errors
+from .ranked import gathered, owners, rank, send, share, shared_errors
 from .ranks import Candidate, Cost
 from .solve import Built, Factors, Solution, blank_layer, low_rank, metrics_of, solve
 
@@ -95,6 +96,16 @@ def build_layers(
         for tensor in layers[name].layer.state_dict().values():
             send(tensor, owner[name])
     return layers
+
+
+def curvatures(layers: Mapping[str, LowRankLinear], statistics: Statistics, row: Method) -> dict[str, Tensor]:
+    """`gains.half_curvature` of low-rank layers, on every rank, by the metrics of the method itself: what the guard
+    puts in their place does not predict the loss."""
+    with shared_errors():
+        found = {
+            name: half_curvature(layers[name], *metrics_of(statistics, name, row)).cpu() for name in share(list(layers))
+        }
+    return _merged(found)
 
 
 def _owners(linears: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -34,6 +34,7 @@ class Run:
     damping: float = DAMPING
     guard: bool = True
     rounds: int = 0
+    gains: int = 0
 
     @property
     def name(self) -> str:
@@ -42,6 +43,7 @@ class Run:
             f"damping {self.damping}": self.damping != DAMPING,
             "no guard": not self.guard,
             f"{self.rounds} rounds": self.rounds > 0,
+            f"{self.gains} gains": self.gains > 0,
         }
         return ", ".join((self.method, f"{self.ranks} ranks", *(mark for mark, is_on in marks.items() if is_on)))
 
@@ -110,7 +112,7 @@ def compressed_models(
     Ranks are not rounded, so that all runs of one `keep` store the same to a fraction of a percent.
 
     Args:
-        batches: what runs with rounds measure the loss on.
+        batches: what runs with rounds or gains measure the loss on.
     """
     for run in runs:
         compressed = copy.deepcopy(model)

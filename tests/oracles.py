@@ -1,13 +1,17 @@
 """The Fisher block of a layer the slow and obvious way, in float64: what the streaming code is compared with."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gfwsvd.layers import LowRankLinear, dense_weight
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,)."""
+    """The full float64 matrix of a lower triangle (D, D), or packed row by row (D (D + 1) / 2,), on the CPU."""
+    lower = lower.cpu()
     if lower.dim() == 1:
         size = round((2 * len(lower) + 0.25) ** 0.5 - 0.5)
         square = torch.zeros(size, size, dtype=torch.float64)
@@ -116,3 +120,14 @@ def is_exact_product(dense: nn.Module, compressed: nn.Module) -> bool:
         torch.equal(dense_weight(dense.get_submodule(name)), layer.product(torch.float64).float())
         for name, layer in layers.items()
     )
+
+
+class Reweighted(nn.Module):
+    """A model that computes by other parameters, by name, which may need gradients."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.others, self.config = [model], parameters, model.config
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return functional_call(self.model[0], self.others, kwargs=inputs)

@@ -96,13 +96,26 @@ def test_tolerance_online_and_start_reach_the_calibration(workspace, tmp_path):
     assert torch.equal(right_resumed, right_twice), "one sweep from one is two"
 
 
-def test_rounds_measure_the_loss_on_a_text_beside_the_statistics(workspace, tmp_path):
-    options = ["--keep", "0.5", "--rank-multiple", "1", "--rounds", "2", "--text", workspace / "text.txt", *CALIBRATION]
+def test_rounds_and_gains_measure_the_loss_on_a_text_beside_the_statistics(workspace, tmp_path):
+    options = [
+        "--keep",
+        "0.5",
+        "--rank-multiple",
+        "1",
+        "--rounds",
+        "2",
+        "--gains",
+        "1",
+        "--text",
+        workspace / "text.txt",
+        *CALIBRATION,
+    ]
     found = run_json("compress", workspace / "model", *options, "--stats", workspace / "stats", "--out", tmp_path / "a")
     again = run_json("compress", workspace / "model", *options, "--out", tmp_path / "b")
-    assert len(found["round_losses"]) == 3 and found["round_losses"] == again["round_losses"]
+    for losses, count in (("round_losses", 3), ("gain_losses", 2)):
+        assert len(found[losses]) == count and found[losses] == again[losses]
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-    assert found["provenance"]["rounds_on"] == {
+    assert found["provenance"]["measured_on"] == {
         "model": "model", "text": "text.txt", "sequences": 8, "seq_len": 16, "tokens": 128,
     }  # fmt: skip
 

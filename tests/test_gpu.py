@@ -56,7 +56,7 @@ def test_statistics_are_those_of_the_cpu(kind, unit):
     for name, stats in found.layers.items():
         other = expected.layers[name]
         for matrix in ("input_moment", "output_moment", "left", "right"):
-            _agree(symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(other, matrix)), 1e-4)
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(other, matrix)), 1e-4)
         assert stats.scale == pytest.approx(other.scale, rel=1e-3)
         assert stats.trace == pytest.approx(other.trace, rel=1e-3)
         assert stats.squared_parts == pytest.approx(other.squared_parts, rel=1e-3)
@@ -66,7 +66,7 @@ def test_a_memory_budget_of_the_gpu_is_kept_in_groups_of_the_same_statistics(tmp
     model = wide_model().cuda()
     matrices = ("input_moment", "output_moment", "left", "right")
     expected = {
-        (name, matrix): symmetric(getattr(stats, matrix).cpu())
+        (name, matrix): symmetric(getattr(stats, matrix))
         for name, stats in calibrate(model, _batches(), sweeps=2).layers.items()
         for matrix in matrices
     }  # and none of it on the GPU
@@ -91,16 +91,15 @@ def test_a_gpu_that_is_too_small_for_the_batches_halves_them_and_the_sums_stay(b
     share = (torch.cuda.memory_allocated() + (3 << 30)) / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(share)
     try:
-        with pytest.warns(UserWarning, match="out of memory with batches of 256 sequences: going on with 128"):
+        # 16 of the 256 are held out
+        with pytest.warns(UserWarning, match="out of memory with batches of 240 sequences: going on with 120"):
             found = calibrate(model, [{"input_ids": ids}], sweeps=2, device_memory=budget)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 0 < found.batch_rows < 256
     for name, stats in found.layers.items():
         for matrix in ("input_moment", "output_moment", "left", "right"):
-            _agree(
-                symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(expected.layers[name], matrix).cpu()), 1e-4
-            )
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(expected.layers[name], matrix)), 1e-4)
 
 
 def test_a_calibration_that_was_interrupted_goes_on_on_the_gpu(tmp_path, monkeypatch):
@@ -121,7 +120,7 @@ def test_a_calibration_that_was_interrupted_goes_on_on_the_gpu(tmp_path, monkeyp
         found = calibrate(model, _batches(), sweeps=2, work=work)
         for name, stats in found.layers.items():
             for matrix in ("input_moment", "output_moment", "left", "right"):
-                _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(whole.layers[name], matrix).cpu()), 1e-5)
+                _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(whole.layers[name], matrix)), 1e-5)
 
 
 def test_a_job_of_one_process_with_nccl_has_the_statistics_of_no_job(monkeypatch):
@@ -142,7 +141,7 @@ def test_a_job_of_one_process_with_nccl_has_the_statistics_of_no_job(monkeypatch
         found = calibrate(model, _batches(), sweeps=2)
     for name, stats in found.layers.items():
         for matrix in ("input_moment", "output_moment", "left", "right"):
-            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(expected.layers[name], matrix).cpu()), 1e-5)
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(expected.layers[name], matrix)), 1e-5)
 
 
 def test_tensors_come_to_the_host_with_the_same_bits_once_they_are_computed(monkeypatch):
@@ -253,7 +252,7 @@ def test_a_model_of_the_size_of_smollm2_goes_from_statistics_to_a_checkpoint(tmp
     found = calibrate(model, batches)
     for name, stats in found.layers.items():
         for matrix in ("input_moment", "output_moment", "left", "right"):
-            _agree(symmetric(getattr(stats, matrix).cpu()), symmetric(getattr(expected.layers[name], matrix)), 1e-3)
+            _agree(symmetric(getattr(stats, matrix)), symmetric(getattr(expected.layers[name], matrix)), 1e-3)
     report = compress(model, statistics=found, keep=0.8)
     assert report.kept <= 0.8 and any(layer.kind == "pivoted" for layer in report.layers)
     save_pretrained(model, tmp_path / "smaller", report=report)

@@ -48,7 +48,7 @@ def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _compress(folder: Path, stats: Path, kind: str = "llama", track: Callable[..., Any] = silent) -> None:
     """Leaves in `folder` what this rank ends with: tensors and report, or the error."""
     options = SETTINGS if kind == "llama" else {**SETTINGS, "method": "svd"}
-    rounds = {"rounds": 1, "batches": BATCHES} if kind == "llama" else {}
+    rounds = {"rounds": 1, "gains": 2, "batches": BATCHES} if kind == "llama" else {}
     model = tiny_model(kind).bfloat16() if kind == "llama" else tiny_model(kind)
     statistics = load_statistics(stats)[0] if kind == "llama" else None
     try:

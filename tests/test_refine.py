@@ -7,30 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import functional_call
+from oracles import Reweighted
 
 from gfwsvd.calibration import calibrate, silent
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
+from gfwsvd.joint import measured
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
 from gfwsvd.losses import next_token_loss
 from gfwsvd.ranks import Candidate
-from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, measured, refined, rescaled
-from tiny_models import random_tokens, tiny_model
+from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, error_costs, refined, rescaled
+from tiny_models import cut, random_tokens, tiny_model
 
 BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]
 LOSS = next_token_loss("empirical", 0)
 NAMES = list(find_linears(tiny_model("llama")))
-
-
-def cut(model, rank):
-    """Low-rank layers of all linear ones."""
-    layers = {}
-    for name, module in find_linears(model).items():
-        left, values, right = torch.linalg.svd(dense_weight(module).detach(), full_matrices=False)
-        bias = None if module.bias is None else module.bias.detach()
-        layers[name] = LowRankLinear.from_factors(left[:, :rank] * values[:rank], right[:rank], bias)
-    return layers
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -46,24 +37,12 @@ def test_what_an_error_costs_is_half_the_derivative_of_the_loss_by_it(kind, batc
     losses = torch.cat([LOSS(Reweighted(model, weights), batch) for batch in batches]).double()
     slopes = torch.autograd.grad(losses.mean(), list(shares.values()))
 
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    mean, costs = measured(model, linears, layers, batches, LOSS, backward=True, title="", track=silent)
+    see = error_costs(linears, layers)
+    mean, costs = measured(model, layers, batches, LOSS, see=see, title="", track=silent)
     assert mean == pytest.approx(losses.mean().item(), rel=1e-9)
-    assert costs == pytest.approx(
+    assert {name: cost.item() for name, cost in costs.items()} == pytest.approx(
         {name: -slope.item() / 2 for name, slope in zip(shares, slopes, strict=True)}, rel=1e-4
     )
-
-
-class Reweighted(torch.nn.Module):
-    """A model that computes by other weights, which need gradients."""
-
-    def __init__(self, model, weights):
-        super().__init__()
-        self.model, self.weights, self.config = [model], weights, model.config
-
-    def forward(self, **inputs):
-        return functional_call(self.model[0], self.weights, kwargs=inputs)
 
 
 @given(
@@ -167,7 +146,7 @@ def test_the_layers_of_a_round_are_gone_before_the_next_are_built():
         ({"rounds": -1}, "rounds must be a whole number from 0 on, got -1"),
         ({"rounds": 1, "ranks": "uniform"}, "uniform ranks of method gfwsvd are not: leave out the rounds"),
         ({"rounds": 1, "method": "svd_llm"}, "global ranks of method svd_llm are not: leave out the rounds"),
-        ({"rounds": 1}, "rounds measure the loss of the compressed model on batches: give some"),
+        ({"rounds": 1}, "rounds and gains measure the loss of the compressed model on batches: give some"),
     ],
 )
 def test_rounds_that_cannot_be_are_refused(statistics, options, message):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
+
 VOCABULARY = 128
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
@@ -85,6 +87,16 @@ def tiny_model(kind: str, *, seed: int = 0) -> nn.Module:
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
     return model.eval()
+
+
+def cut(model: nn.Module, rank: int) -> dict[str, LowRankLinear]:
+    """Low-rank layers, as two factors, of all linear ones of a model."""
+    layers = {}
+    for name, module in find_linears(model).items():
+        left, values, right = torch.linalg.svd(dense_weight(module).detach(), full_matrices=False)
+        bias = None if module.bias is None else module.bias.detach()
+        layers[name] = LowRankLinear.from_factors(left[:, :rank] * values[:rank], right[:rank], bias)
+    return layers
 
 
 def random_tokens(sequences: int, length: int, *, seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A group of low-rank projections of one input, laid out for inference: the module that owns weights and workspace."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,8 @@ class LowRankGroup(nn.Module):
     @property
     def operands(self) -> Operands:
         """The module's tensors as the launchers take them."""
-        return Operands(self.down, self.up, self.bias, self.table, self.scales)
+        buffers: Any = self._buffers  # in their order; each by its name would take the host longer
+        return Operands(*buffers.values())
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{p.rank}{' pivoted' if p.pivoted else ''}" for p in self.layout.projections)

@@ -11,7 +11,8 @@ rank of projection i, z = x downᵀ (T, sum R_i) serves all of them, and y_i = z
   A number q of a factor stands for `UNIT` q of its scale.
 * `table`, int32: a record of `FIELDS` for each projection; then for each row of `down` the output of all that it is, or
   -1 where it is no pivot (`pivots_start`); then for each projection the outputs that its rows of up make
-  (`places_start`), and for each of its outputs the row, or -1 - k where it is the k-th entry of z_i (`source_start`).
+  (`places_start`); then for each output of all projections, one after another, the column of the products z_i up_iᵀ of
+  all that it is, or -1 - k where it is column k of z (`sources_start`).
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OUT_BLOCK = 512  # outputs that one program finishes
 ALIGN = 8  # elements: 16 bytes of a half-precision type
 UNIT = 1 / 128  # so small that sums in float16 do not overflow where those of the factors themselves would not
 FEW_TOKENS = 2  # up to here two launches read every factor once; more tokens are matrix products
@@ -32,12 +32,10 @@ FIELDS = (
     "pitch",  # the rank, padded
     "rows",  # of up_i
     "up_start",  # first element of up_i in up
-    "places_start",  # in the table; so is source_start
-    "source_start",
+    "places_start",  # in the table
     "sums_start",  # first column of the products z_i up_iᵀ among those of all
     "out_start",  # first output among the outputs of all
     "d_out",
-    "first_block",  # of OUT_BLOCK outputs; the same for all projections that make up one output
 )
 
 
@@ -94,12 +92,6 @@ class Layout:
         return self.projections[0].d_out if self.silu_mul else sum(p.d_out for p in self.projections)
 
     @cached_property
-    def num_blocks(self) -> int:
-        """Of outputs."""
-        blocks = [-(-p.d_out // OUT_BLOCK) for p in self.projections]
-        return blocks[0] if self.silu_mul else sum(blocks)
-
-    @cached_property
     def up_numel(self) -> int:
         return sum(p.rows * p.pitch for p in self.projections)
 
@@ -109,35 +101,40 @@ class Layout:
         return len(FIELDS) * len(self.projections)
 
     @cached_property
+    def sources_start(self) -> int:
+        """Where the sources of all outputs begin in the table."""
+        return self.pivots_start + self.z_width + self.sums_width
+
+    @cached_property
     def records(self) -> list[dict[str, int]]:
         """What the table says of each projection, by the names of `FIELDS`."""
         found = []
-        z = up = sums = out = block = 0
-        table = self.pivots_start + self.z_width
+        z = up = sums = out = 0
+        places = self.pivots_start + self.z_width
         for p in self.projections:
-            values = (z, p.pitch, p.rows, up, table, table + p.rows, sums, out, p.d_out, 0 if self.silu_mul else block)
+            values = (z, p.pitch, p.rows, up, places + sums, sums, out, p.d_out)
             found.append(dict(zip(FIELDS, values, strict=True)))
             z, up, sums, out = z + p.pitch, up + p.rows * p.pitch, sums + p.rows, out + p.d_out
-            table, block = table + p.rows + p.d_out, block - (-p.d_out // OUT_BLOCK)
         return found
 
     def table(self, pivots: Sequence[Tensor | None]) -> Tensor:
         """The table (int32, on the CPU), given the outputs that are pivots of each projection."""
         records = torch.tensor([list(record.values()) for record in self.records]).flatten()
         of_down = torch.full((self.z_width,), -1)
-        parts = [records, of_down]
+        places, sources = [], []
         for p, record, chosen in zip(self.projections, self.records, pivots, strict=True):
             is_pivot = torch.zeros(p.d_out, dtype=torch.bool)
             source = torch.empty(p.d_out, dtype=torch.int64)
-            first = 0 if self.silu_mul else record["out_start"]
+            first, z = 0 if self.silu_mul else record["out_start"], record["z_start"]
             if chosen is not None:
                 is_pivot[chosen] = True
-                source[chosen] = -1 - torch.arange(p.rank)
-                of_down[record["z_start"] : record["z_start"] + p.rank] = first + chosen
+                source[chosen] = -1 - z - torch.arange(p.rank)
+                of_down[z : z + p.rank] = first + chosen
             rest = (~is_pivot).nonzero()[:, 0]
-            source[rest] = torch.arange(p.rows)
-            parts += [first + rest, source]
-        return torch.cat(parts).to(torch.int32)
+            source[rest] = record["sums_start"] + torch.arange(p.rows)
+            places.append(first + rest)
+            sources.append(source)
+        return torch.cat([records, of_down, *places, *sources]).to(torch.int32)
 
 
 @cache

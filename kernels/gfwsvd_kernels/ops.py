@@ -139,12 +139,10 @@ def lowrank_group(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
         TypeError: x of another dtype than the factors.
         ValueError: x of another width, or on another device.
     """
-    arguments = (x, *operands, layout.sizes, layout.silu_mul)
     if not x.is_cuda or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        return _lowrank_group(*arguments)
-    return _launch(
-        "gfwsvd_kernels.decode", _check_group, "lowrank_group", *arguments
-    )  # a token has no time to dispatch
+        return _lowrank_group(x, *operands, layout.sizes, layout.silu_mul)
+    _check_input(x, operands)  # a token has no time to dispatch
+    return _launch("gfwsvd_kernels.decode", "group", x, operands, layout)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
@@ -253,7 +251,10 @@ def _check_lowrank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
 
 
 def _check_group(x: Tensor, *arguments: Any) -> None:
-    operands = Operands(*arguments[:-2])
+    _check_input(x, Operands(*arguments[:-2]))
+
+
+def _check_input(x: Tensor, operands: Operands) -> None:
     down = operands.down
     _expect_float("x", x)
     if x.ndim < 1:
@@ -265,10 +266,12 @@ def _nothing(*args: Any) -> None:
     """What an operator that only updates its output returns, and the value check of one that has none."""
 
 
-def _launch(module: str, check: Callable[..., None], name: str, first: Tensor, *args: Any) -> Any:
-    check(first, *args)
+def _launch(module: str, name: str, first: Tensor, *args: Any) -> Any:
+    launcher = getattr(import_module(module), name)
+    if first.get_device() == torch.cuda.current_device():  # to ask costs less than to change
+        return launcher(first, *args)
     with torch.cuda.device(first.device):  # Triton launches on the current device, whatever holds the tensors
-        return getattr(import_module(module), name)(first, *args)
+        return launcher(first, *args)
 
 
 def _define(
@@ -288,7 +291,8 @@ def _define(
         return definition(*args)
 
     def on_cuda(*args: Any) -> Any:
-        return _launch(launcher, check, name, *args)
+        check(*args)
+        return _launch(launcher, name, *args)
 
     def fake(*args: Any) -> Any:
         check(*args)

@@ -187,16 +187,17 @@ def lowrank_group(
     if scales is not None:
         unit = x.new_full((), UNIT)  # brings whole numbers to the dtype of x
         down, up = down * unit, up * unit
-    parts = []
+    zs, parts = [], []
     for p, record in zip(layout.projections, layout.records, strict=True):
-        start, source_start, out_start = (record[name] for name in ("up_start", "source_start", "out_start"))
-        columns = slice(record["z_start"], record["z_start"] + p.pitch)
+        start, columns = record["up_start"], slice(record["z_start"], record["z_start"] + p.pitch)
         z = F.linear(x, down[columns])
         z = z if scales is None else z * scales[0, columns]
         to_up = z if scales is None else z * scales[1, columns]
-        y = F.linear(to_up, up[start : start + p.rows * p.pitch].view(p.rows, p.pitch))
-        if p.pivoted:
-            source = table[source_start : source_start + p.d_out].long()
-            y = torch.cat((y, z), -1)[..., torch.where(source < 0, p.rows - 1 - source, source)]
-        parts.append(y if bias is None else y + bias[out_start : out_start + p.d_out])
-    return F.silu(parts[0]) * parts[1] if silu_mul else torch.cat(parts, -1)
+        zs.append(z)
+        parts.append(F.linear(to_up, up[start : start + p.rows * p.pitch].view(p.rows, p.pitch)))
+    y = torch.cat(parts, -1)
+    if layout.pivoted:
+        source = table[layout.sources_start :].long()
+        y = torch.cat((y, *zs), -1)[..., torch.where(source < 0, layout.sums_width - 1 - source, source)]
+    y = y if bias is None else y + bias
+    return F.silu(y[..., : layout.out_width]) * y[..., layout.out_width :] if silu_mul else y

@@ -8,6 +8,8 @@ are entries of z, are written by the first launch, all others with bias and acti
 Bound by reading the weights once, sum of R (D_IN + D_OUT) elements, or with pivots R (D_IN + D_OUT - R).
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from triton.language.extra import cuda
 
 from gfwsvd_kernels import tiles
 from gfwsvd_kernels.finish import finish
+from gfwsvd_kernels.launch import Launcher
 from gfwsvd_kernels.layout import ALIGN, FIELDS, UNIT, Layout, Operands
 
 NUM_FIELDS = tl.constexpr(len(FIELDS))
@@ -100,11 +103,12 @@ def down_kernel(
     down_ptr,
     bias_ptr,
     scale_ptr,
-    places_ptr,
+    table_ptr,
     num_tokens,
     d_in,
     z_width,
     out_width,
+    NUM_PROJECTIONS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -118,7 +122,7 @@ def down_kernel(
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask_o = offs_o < z_width
     if PIVOTED:
-        places = tl.load(places_ptr + offs_o, mask=mask_o, other=-1)
+        places = tl.load(table_ptr + NUM_PROJECTIONS * NUM_FIELDS + offs_o, mask=mask_o, other=-1)
         mask_y = places >= 0
         bias = load_bias(bias_ptr, places, mask_y, HAS_BIAS)
     z = row_products(
@@ -201,6 +205,42 @@ def up_kernel(
             tl.store(y_ptr + t * out_width + places, value.to(y_ptr.dtype.element_ty), mask=mask_o)
 
 
+@cache
+def _launchers(
+    layout: Layout,
+    target: tiles.Target,
+    dtype: torch.dtype,
+    num_tokens: int,
+    has_bias: bool,
+    has_scales: bool,
+    dependent: bool,
+    tile: tiles.Tile | None,
+) -> tuple[tuple[Launcher, int], tuple[Launcher, int]]:
+    """Of both kernels, each with its number of programs."""
+    # An activation of pivots needs both of its projections, z and products: a third launch finishes
+    finishes = layout.silu_mul and layout.pivoted
+    silu_mul = layout.silu_mul and not finishes
+    flags: dict[str, int | bool] = {"NUM_PROJECTIONS": len(layout.projections)}
+    flags |= {"HAS_BIAS": has_bias and not finishes, "HAS_SCALES": has_scales, "DEPENDENT": dependent}
+    sharing = layout.projections[:1] if silu_mul else layout.projections
+    kernels = (
+        (down_kernel, [layout.z_width], {"PIVOTED": layout.pivoted and not finishes}),
+        (up_kernel, [p.rows for p in sharing], {"SILU_MUL": silu_mul, "IN_PLACE": not finishes}),
+    )
+    found = []
+    for kernel, rows, own in kernels:
+        whole = tiles.SKINNY_WHOLE[target.arch][num_tokens] if has_scales else None
+        chosen = tile or whole or tiles.skinny_tile(target, dtype, num_tokens, sum(rows))
+        blocks = {"BLOCK_T": chosen.cols, "BLOCK_O": chosen.rows, "BLOCK_I": chosen.depth}
+        options = chosen.options() | ({"launch_pdl": True} if dependent else {})
+        num_programs = sum(-(-count // chosen.rows) for count in rows)
+        found.append((Launcher(kernel, flags | own | blocks, options), num_programs))
+    return found[0], found[1]
+
+
+_target = cache(tiles.target)  # asking a GPU what it is takes the host long
+
+
 def skinny(
     x: Tensor,
     operands: Operands,
@@ -215,59 +255,23 @@ def skinny(
     of_down, of_up = (x, x) if scales is None else scales
     num_tokens, d_in = x.shape
     stored = torch.float32 if tiles.interpreted_bf16(x) else x.dtype  # the interpreter truncates to bfloat16
-    z = torch.empty(num_tokens, layout.z_width, dtype=stored, device=x.device)
-    y = torch.empty(num_tokens, layout.out_width, dtype=stored, device=x.device)
-    # An activation of pivots needs both of its projections, z and products: a third launch finishes
+    z = x.new_empty(num_tokens, layout.z_width, dtype=stored)
+    y = x.new_empty(num_tokens, layout.out_width, dtype=stored)
     finishes = layout.silu_mul and layout.pivoted
-    products = torch.empty(num_tokens, layout.sums_width, dtype=stored, device=x.device) if finishes else y
-    target = target or tiles.target(x.device)
+    products = x.new_empty(num_tokens, layout.sums_width, dtype=stored) if finishes else y
+    target = target or _target(x.device)
     dependent = target.arch >= 90 and x.device.type != "cpu"
-    flags: dict[str, int] = {"HAS_BIAS": bias is not None and not finishes, "HAS_SCALES": scales is not None}
-    flags["DEPENDENT"] = dependent
-
-    def options(rows: int) -> dict[str, int | bool]:
-        whole = None if scales is None else tiles.SKINNY_WHOLE[target.arch][num_tokens]
-        chosen = tile or whole or tiles.skinny_tile(target, x.dtype, num_tokens, rows)
-        blocks = {"BLOCK_T": chosen.cols, "BLOCK_O": chosen.rows, "BLOCK_I": chosen.depth}
-        return flags | blocks | chosen.options() | ({"launch_pdl": True} if dependent else {})
-
-    for_down = options(layout.z_width)
-    down_kernel[(triton.cdiv(layout.z_width, for_down["BLOCK_O"]),)](
-        z,
-        y,
-        x,
-        down,
-        bias,
-        of_down,
-        table[layout.pivots_start :],
-        num_tokens,
-        d_in,
-        layout.z_width,
-        layout.out_width,
-        PIVOTED=layout.pivoted and not finishes,
-        **for_down,
+    (down_launcher, down_programs), (up_launcher, up_programs) = _launchers(
+        layout, target, x.dtype, num_tokens, bias is not None, scales is not None, dependent, tile
     )
-    silu_mul = layout.silu_mul and not finishes
-    sharing = layout.projections[:1] if silu_mul else layout.projections
-    for_up = options(sum(p.rows for p in sharing))
-    num_programs = sum(triton.cdiv(p.rows, for_up["BLOCK_O"]) for p in sharing)
-    if num_programs:
-        up_kernel[(num_programs,)](
-            products,
-            z,
-            up,
-            bias,
-            of_up,
-            table,
-            num_tokens,
-            layout.z_width,
-            products.shape[1],
+    down_launcher(
+        (down_programs, 1, 1), z, y, x, down, bias, of_down, table, num_tokens, d_in, layout.z_width, layout.out_width
+    )
+    if up_programs:
+        up_launcher(
+            (up_programs, 1, 1), products, z, up, bias, of_up, table, num_tokens, layout.z_width, products.shape[1],
             layout.projections[0].d_out,
-            NUM_PROJECTIONS=len(layout.projections),
-            SILU_MUL=silu_mul,
-            IN_PLACE=not finishes,
-            **for_up,
-        )
+        )  # fmt: skip
     if finishes:
         finish(y, products, z, bias, table, layout)
     return y.to(x.dtype)

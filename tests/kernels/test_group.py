@@ -60,6 +60,15 @@ def test_a_group_of_whole_numbers_computes_what_they_stand_for(case, launcher, n
     assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
 
 
+@pytest.mark.parametrize("case", ["pivoted_qkv", "gate_up", "pivoted_gate_up"])
+@pytest.mark.parametrize("num_tokens", [8, 19])
+def test_a_pass_over_the_products_finishes_every_token(case, num_tokens):
+    projections, activation = group_of(case, torch.float32)
+    x = inputs(projections, num_tokens)
+    y = run("matmuls", LowRankGroup(projections, activation=activation), x)
+    assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sums_of_whole_numbers_stay_in_the_range_of_float16(launcher):
     projections, _ = group_of("one", torch.float16)

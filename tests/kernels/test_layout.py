@@ -20,8 +20,9 @@ def test_rows_start_on_16_bytes_with_zeros_behind_and_the_table_says_whose_they_
     assert group.table[group.layout.pivots_start :][:24].tolist() == pivots + [-1] * 21
     assert group.table[first["places_start"] :][:9].tolist() == rest
     assert group.table[second["places_start"] :][:5].tolist() == [12, 13, 14, 15, 16]
-    source = group.table[first["source_start"] :][:12].tolist()
+    source = group.table[group.layout.sources_start :].tolist()
     assert [source[pivot] for pivot in pivots] == [-1, -2, -3] and [source[output] for output in rest] == [*range(9)]
+    assert source[12:] == [9, 10, 11, 12, 13]
     for projection, record in ((pivoted, first), (whole, second)):
         assert record["pitch"] % layout.ALIGN == 0 and record["z_start"] % layout.ALIGN == 0
         rows = group.up[record["up_start"] :][: record["rows"] * record["pitch"]].view(record["rows"], record["pitch"])

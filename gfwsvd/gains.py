@@ -1,0 +1,157 @@
+"""One gain for each output of the low-rank layers, by which the compressed model comes closest to the dense one.
+
+Factors are the best for each layer by itself: by its metrics no factor times an output would make its error smaller.
+But errors meet in the model, where they shrink and turn what later layers see, and that a gain of each output can take
+back in part. Let outputs y = Ŵ x of a layer become (1 + a) y. One backward pass gives the slopes of the loss by all a
+at once, `sum <g_i, y_i>`, and the layer's metrics half of its curvature by each a_i, `left_ii (Ŵ right Ŵᵀ)_ii`. From
+both comes a Newton step, drawn towards zero by how large gains are expected to be beforehand (`PRIOR`). Steps of
+different layers add up, for the same errors call for all of them, so only a share of each is made: that which lowers
+the loss of held-out batches most.
+
+Gains are multiplied into the factors: they take no memory and no time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batches import num_tokens
+from .errors import GfwsvdError
+from .joint import See, first_tokens, measured, placed
+from .layers import LowRankLinear
+from .losses import Batch, Loss, divergence
+from .methods import Method
+from .metrics import Metric, diagonal, multiply
+from .track import Track
+
+STEP_TOKENS = 8192  # of a step, at least, where the batches hold so many
+HELDOUT_TOKENS = 4096  # at the end of the batches, likewise
+PRIOR = 0.05  # standard deviation of gains beforehand
+FIRST_RATE = 0.1  # the share of a Newton step that is tried first
+RATES = (0.5, 1.0, 2.0)  # of the last one, that are tried
+
+
+def check_gains(gains: int, row: Method) -> None:
+    """GfwsvdError unless so many steps of `gains` can follow a compression by the method `row`."""
+    if not isinstance(gains, int) or gains < 0:
+        raise GfwsvdError(f"gains must be a whole number of steps from 0 on, got {gains!r}")
+    if gains and not row.predicts_loss:
+        raise GfwsvdError(
+            f"gains are sized by metrics that predict the loss, and those of method {row.name} do not: leave them out"
+        )
+
+
+class Fitted(NamedTuple):
+    """Gains of the outputs of low-rank layers.
+
+    Attributes:
+        gains: by layer, (D_OUT,) float64.
+        losses: mean loss of the compressed model on the held-out batches without gains and after each step, in nats
+            for a loss in nats.
+    """
+
+    gains: dict[str, Tensor]
+    losses: list[float]
+
+
+def half_curvature(layer: LowRankLinear, left: Metric, right: Metric) -> Tensor:
+    """`left_ii (Ŵ right Ŵᵀ)_ii` of the layer's weight Ŵ, (D_OUT,) float64: what the square of an output's gain, less
+    one, costs by metrics that predict the loss."""
+    up, down = layer.factors(torch.float64)
+    inner = down @ multiply(right, down.T)
+    squares = ((up @ inner) * up).sum(1)
+    return squares if left is None else squares * diagonal(left).to(squares)
+
+
+def fitted_gains(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    layers: Mapping[str, LowRankLinear],
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    curvatures: Mapping[str, Tensor],
+    loss: Loss | None = None,
+    track: Track[Any],
+) -> Fitted:
+    """Fits gains in `steps`, each on further batches, after the last ones on the first again. `model` has its own
+    layers again at the end, also after an error; `layers` have their gains.
+
+    Args:
+        linears: the dense layers, which are in the model.
+        layers: low-rank ones, as two factors, for their places.
+        batches: at least two; in a job of several processes the same in all, which share them. The last ones are held
+            out, and what does not lower their loss is not done.
+        curvatures: `half_curvature` of each of the layers.
+        loss: by default the divergence of the model's predictions from those of the dense one.
+
+    Raises:
+        GfwsvdError: for a single batch, and when the loss is NaN or inf.
+    """
+    if len(batches) < 2:
+        raise GfwsvdError("gains are fitted on some batches and judged by others: expected at least 2, got 1")
+    heldout = first_tokens(batches[::-1], HELDOUT_TOKENS)[: len(batches) // 2]
+    parts = _parts(batches[: len(batches) - len(heldout)])
+    loss = loss or divergence(lambda model: placed(model, linears))
+    ups = {name: layer.up.detach().clone() for name, layer in layers.items()}
+    gains = {name: torch.ones(len(up), dtype=torch.float64, device=up.device) for name, up in ups.items()}
+
+    def judge(found: Mapping[str, Tensor], title: str) -> float:
+        for name, layer in layers.items():
+            layer.up.data.copy_(found[name][:, None] * ups[name])
+        return measured(model, layers, heldout, loss, title=title, track=track)[0]
+
+    losses, rate = [judge(gains, f"loss before {steps} steps of gains")], FIRST_RATE
+    for number in range(steps):
+        title = f"gains, step {number + 1} of {steps}"
+        part = parts[number % len(parts)]
+        _, slopes = measured(model, layers, part, loss, see=output_slopes(layers), title=title, track=track)
+        newton = _newton(slopes, curvatures, gains, tokens=sum(map(num_tokens, part)))
+        tried = {0.0: (losses[-1], gains)}
+        for share in (rate * factor for factor in RATES):
+            found = {name: gain * (1 + share * newton[name]) for name, gain in gains.items()}
+            tried[share] = judge(found, f"{title}, {share:.3g} of it"), found
+        share = min(tried, key=lambda share: tried[share][0])
+        loss_now, gains = tried[share]
+        losses.append(loss_now)
+        rate = share or rate * min(RATES) ** 2
+        for name, layer in layers.items():
+            layer.up.data.copy_(gains[name][:, None] * ups[name])
+    return Fitted(gains, losses)
+
+
+def output_slopes(layers: Mapping[str, LowRankLinear]) -> See:
+    """The slope (D_OUT,) of the loss by the gain of each output, `sum <g_i, y_i>` with y = Ŵ x."""
+
+    def see(name: str, x: Tensor, g: Tensor) -> Tensor:
+        y = F.linear(F.linear(x, layers[name].weight), layers[name].up)
+        return (g.float() * y.float()).flatten(0, -2).sum(0, dtype=torch.float64)
+
+    return see
+
+
+def _newton(
+    slopes: Mapping[str, Tensor], curvatures: Mapping[str, Tensor], gains: Mapping[str, Tensor], *, tokens: int
+) -> dict[str, Tensor]:
+    """What to add to the gains, relative to them, if each layer's step were the only one."""
+    ridge = 0.5 / (PRIOR**2 * tokens)
+    return {
+        name: -0.5 * slopes[name].to(gain) / (curvatures[name].to(gain) * gain.square() + ridge)
+        for name, gain in gains.items()
+    }
+
+
+def _parts(batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+    """The batches in their order, in parts of `STEP_TOKENS`; what is left over at the end goes to the last one."""
+    parts: list[Sequence[Batch]] = []
+    while batches:
+        part = first_tokens(batches, STEP_TOKENS)
+        batches = batches[len(part) :]
+        if parts and sum(map(num_tokens, part)) < STEP_TOKENS:
+            parts[-1] = [*parts[-1], *part]
+        else:
+            parts.append(part)
+    return parts
