@@ -1,18 +1,16 @@
 """A few tokens through a group of low-rank projections in two launches, on tensor cores: z = x downᵀ, then all outputs.
 
 As in `skinny.py` a program owns some rows of a factor and the second launch begins while the first still runs. Weights
-are the left operand of `mma`, tokens the right one. A lane of that instruction wants two pairs of neighbours of a row;
-the order of a sum is free, so it gets eight neighbours of a row in one load of 16 bytes for both operands alike, and
-weights go from memory into the registers that they are multiplied from. Warps share the columns of the rows of a
-program among them, one chunk of 64 each in turn; their sums meet in shared memory at the end, in a fixed order, so the
-result repeats bit for bit.
+are the left operand of `mma`, tokens the right one. Both are copied to shared memory by threads, 16 bytes at a time,
+several steps ahead. Warps share the columns of the rows of a program among them, one chunk of 64 each in turn; their
+sums meet in shared memory at the end, in a fixed order, so the result repeats bit for bit. Pivots are written by the
+first launch; with an activation the second one reads them from z, for it makes whole outputs of both projections.
 
 Bound by reading the weights once, and the tokens once a program from L2.
 """
 
-from typing import NamedTuple
+from functools import cache
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra import cuda
 
 from gfwsvd_kernels import tiles
+from gfwsvd_kernels.launch import Launcher
 from gfwsvd_kernels.layout import ALIGN, FIELDS, Layout, Operands
 
 NUM_FIELDS = gl.constexpr(len(FIELDS))
@@ -28,8 +27,7 @@ PITCH = gl.constexpr(FIELDS.index("pitch"))
 ROWS = gl.constexpr(FIELDS.index("rows"))
 UP_START = gl.constexpr(FIELDS.index("up_start"))
 PLACES_START = gl.constexpr(FIELDS.index("places_start"))
-SOURCE_START = gl.constexpr(FIELDS.index("source_start"))
-OUT_START = gl.constexpr(FIELDS.index("out_start"))
+SUMS_START = gl.constexpr(FIELDS.index("sums_start"))
 # Renamed in Triton 3.7
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 LANES = gl.constexpr(ALIGN)  # elements of a load
@@ -155,17 +153,18 @@ def row_products(
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "d_in", "z_width", "out_width"])
-def down_kernel(
+def few_down_kernel(
     z_ptr,
     y_ptr,
     x_ptr,
     down_ptr,
     bias_ptr,
-    places_ptr,
+    table_ptr,
     num_tokens,
     d_in,
     z_width,
     out_width,
+    NUM_PROJECTIONS: gl.constexpr,
     SPLIT: gl.constexpr,
     ACROSS: gl.constexpr,
     BLOCK_O: gl.constexpr,
@@ -184,7 +183,7 @@ def down_kernel(
     mask_o = offs_o < z_width
     mask_t = (offs_t < num_tokens)[None, :]
     if PIVOTED:
-        places = gl.load(places_ptr + offs_o, mask=mask_o, other=-1)
+        places = gl.load(table_ptr + NUM_PROJECTIONS * NUM_FIELDS + offs_o, mask=mask_o, other=-1)
         mask_y = places >= 0
         bias = load_bias(bias_ptr, places, mask_y, HAS_BIAS)
     z = row_products(
@@ -198,7 +197,7 @@ def down_kernel(
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "z_width", "out_width"])
-def up_kernel(
+def few_up_kernel(
     y_ptr,
     z_ptr,
     up_ptr,
@@ -248,22 +247,23 @@ def up_kernel(
 
 @gluon.jit
 def whole(
-    products_of_rows, z_ptr, bias_ptr, record_ptr, source, offs_o, offs_t, mask, z_width,
+    products_of_rows, z_ptr, bias_ptr, source_ptr, start, offs_o, offs_t, mask, z_width,
     HAS_BIAS: gl.constexpr, PIVOTED: gl.constexpr,
 ):  # fmt: skip
-    """(outputs, tokens) float32 of one projection from the products of its rows, its pivots and its bias."""
+    """(outputs, tokens) float32 from the products of their rows, pivots and bias; `start` is the projection's first."""
     found = products_of_rows
     if PIVOTED:
-        z_ptrs = z_ptr + (offs_t[None, :] * z_width + (gl.load(record_ptr + Z_START) - 1 - source)[:, None])
-        found += gl.load(z_ptrs, mask=mask & (source < 0)[:, None], other=0.0).to(gl.float32)
+        sources = gl.load(source_ptr + start + offs_o[:, None] + 0 * offs_t[None, :], mask=mask, other=0)
+        z_ptrs = z_ptr + (offs_t[None, :] * z_width - 1 - sources)
+        found += gl.load(z_ptrs, mask=mask & (sources < 0), other=0.0).to(gl.float32)
     if HAS_BIAS:
-        bias_ptrs = bias_ptr + gl.load(record_ptr + OUT_START) + offs_o[:, None] + 0 * offs_t[None, :]
+        bias_ptrs = bias_ptr + start + offs_o[:, None] + 0 * offs_t[None, :]
         found += gl.load(bias_ptrs, mask=mask, other=0.0).to(gl.float32)
     return found
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "z_width", "out_width"])
-def silu_mul_kernel(
+@gluon.jit(do_not_specialize=["num_tokens", "z_width", "out_width", "sources_start"])
+def few_silu_mul_kernel(
     y_ptr,
     z_ptr,
     up_ptr,
@@ -272,6 +272,7 @@ def silu_mul_kernel(
     num_tokens,
     z_width,
     out_width,
+    sources_start,
     SPLIT: gl.constexpr,
     ACROSS: gl.constexpr,
     BLOCK_O: gl.constexpr,
@@ -304,9 +305,10 @@ def silu_mul_kernel(
     rows = offs_o[None, :] + gl.zeros([SPLIT, 1], gl.int32, gl.SliceLayout(2, COPY))
     mask_o = rows < out_width
     if PIVOTED:
-        source_ptrs = table_ptr + (gl.load(record_ptrs + SOURCE_START)[:, None] + rows)
-        rows = gl.load(source_ptrs, mask=mask_o, other=-1)
-        mask_o = rows >= 0
+        source_ptrs = table_ptr + sources_start + ((w // HALF * out_width)[:, None] + rows)
+        sources = gl.load(source_ptrs, mask=mask_o, other=-1)
+        mask_o = sources >= 0
+        rows = sources - gl.load(record_ptrs + SUMS_START)[:, None]
     sums = products(
         z_ptr + (offs_t[None, :, None] * z_width + (z_start + offs_k)),
         up_ptr + (up_start + rows[:, :, None].to(gl.int64) * pitch + offs_k),
@@ -320,37 +322,53 @@ def silu_mul_kernel(
     offs_o = first + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, FOUND))
     offs_t = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, FOUND))
     mask_o = offs_o < out_width
-    source = offs_o
-    other_source = offs_o
-    if PIVOTED:
-        source = gl.load(table_ptr + gl.load(table_ptr + SOURCE_START) + offs_o, mask=mask_o, other=0)
-        other_ptr = table_ptr + gl.load(table_ptr + NUM_FIELDS + SOURCE_START)
-        other_source = gl.load(other_ptr + offs_o, mask=mask_o, other=0)
     mask = (offs_t < num_tokens)[None, :] & mask_o[:, None]
+    source_ptr = table_ptr + sources_start
     gate = whole(
-        gl.convert_layout(gate, FOUND), z_ptr, bias_ptr, table_ptr, source, offs_o, offs_t, mask, z_width,
+        gl.convert_layout(gate, FOUND), z_ptr, bias_ptr, source_ptr, 0, offs_o, offs_t, mask, z_width,
         HAS_BIAS, PIVOTED,
     )  # fmt: skip
     other = whole(
-        gl.convert_layout(other, FOUND), z_ptr, bias_ptr, table_ptr + NUM_FIELDS, other_source, offs_o, offs_t, mask,
-        z_width, HAS_BIAS, PIVOTED,
+        gl.convert_layout(other, FOUND), z_ptr, bias_ptr, source_ptr, out_width, offs_o, offs_t, mask, z_width,
+        HAS_BIAS, PIVOTED,
     )  # fmt: skip
     y = gate / (1.0 + gl.exp(-gate)) * other
     gl.store(y_ptr + (offs_t[None, :] * out_width + offs_o[:, None]), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-class Shape(NamedTuple):
-    """How a launch shares its work: rows of a program; warps that share the columns, and the rows; steps under way."""
+def takes(x: Tensor, operands: Operands) -> bool:
+    """Whether `few` can be told to multiply this: half-precision factors whose rows start on 16 bytes, on a GPU."""
+    tensors = x, operands.down, operands.up
+    return (
+        x.dtype.itemsize == 2
+        and operands.scales is None
+        and x.device.type != "cpu"
+        and x.shape[1] % ALIGN == 0
+        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    )
 
-    rows: int
-    split: int
-    across: int
-    depth: int
 
-
-def block_of_tokens(num_tokens: int) -> int:
-    """Columns of the right operand, of which an instruction multiplies eight."""
-    return max(8, triton.next_power_of_2(num_tokens))
+@cache
+def _launchers(
+    layout: Layout, target: tiles.Target, block: int, has_bias: bool, shapes: tuple[tiles.Few, tiles.Few] | None
+) -> tuple[tuple[Launcher, int], tuple[Launcher, int]]:
+    """Of both kernels, each with its number of programs."""
+    dependent = target.arch >= 90
+    of_all = {"BLOCK_T": block, "HAS_BIAS": has_bias, "DEPENDENT": dependent}
+    options = {"enable_fp_fusion": True} | ({"launch_pdl": True} if dependent else {})
+    count: dict[str, int | bool] = {"NUM_PROJECTIONS": len(layout.projections)}
+    writes_pivots = {"PIVOTED": layout.pivoted and not layout.silu_mul}
+    down = ("down", few_down_kernel, [layout.z_width], count | writes_pivots)
+    up = ("up", few_up_kernel, [p.rows for p in layout.projections], count)
+    if layout.silu_mul:
+        up = ("silu_mul", few_silu_mul_kernel, [layout.out_width], {"PIVOTED": layout.pivoted})
+    found = []
+    for given, (name, kernel, rows, own) in zip(shapes or (None, None), (down, up), strict=True):
+        shape = given or tiles.few_shape(name, target, block, sum(rows))
+        blocks = {"SPLIT": shape.split, "ACROSS": shape.across, "BLOCK_O": shape.rows, "DEPTH": shape.depth}
+        launcher = Launcher(kernel, of_all | own | blocks, options | {"num_warps": shape.split * shape.across})
+        found.append((launcher, sum(-(-one // shape.rows) for one in rows)))
+    return found[0], found[1]
 
 
 def few(
@@ -358,45 +376,23 @@ def few(
     operands: Operands,
     layout: Layout,
     *,
-    shapes: tuple[Shape, Shape],
     target: tiles.Target | None = None,
+    shapes: tuple[tiles.Few, tiles.Few] | None = None,
 ) -> Tensor:
-    """y (T, out_width) of x (T, D_IN) in half precision, 64 tokens at most, rows contiguous, D_IN a multiple of 16."""
+    """y (T, out_width) of x (T, D_IN) that `takes` says yes to, T at most `FEW_TOKENS`, whose rows are contiguous.
+
+    D_IN is a multiple of 8. `shapes` are those of the table unless given.
+    """
     down, up, bias, table, _ = operands
     num_tokens, d_in = x.shape
     z = x.new_empty(num_tokens, layout.z_width)
     y = x.new_empty(num_tokens, layout.out_width)
-    target = target or tiles.target(x.device)
-    dependent = target.arch >= 90
-
-    def options(shape: Shape) -> dict[str, int | bool]:
-        blocks = {"SPLIT": shape.split, "ACROSS": shape.across, "BLOCK_O": shape.rows}
-        blocks |= {"BLOCK_T": block_of_tokens(num_tokens), "DEPTH": shape.depth}
-        blocks |= {"num_warps": shape.split * shape.across}
-        flags = {"HAS_BIAS": bias is not None, "DEPENDENT": dependent, "enable_fp_fusion": True}
-        return blocks | flags | ({"launch_pdl": True} if dependent else {})
-
-    for_down, for_up = map(options, shapes)
-    down_kernel[(triton.cdiv(layout.z_width, for_down["BLOCK_O"]),)](
-        z,
-        y,
-        x,
-        down,
-        bias,
-        table[layout.pivots_start :],
-        num_tokens,
-        d_in,
-        layout.z_width,
-        layout.out_width,
-        PIVOTED=layout.pivoted and not layout.silu_mul,
-        **for_down,
+    (down_launcher, down_programs), (up_launcher, up_programs) = _launchers(
+        layout, target or tiles.known_target(x.device), tiles.few_block(num_tokens), bias is not None, shapes
     )
     sizes = (num_tokens, layout.z_width, layout.out_width)
-    if layout.silu_mul:
-        grid = (triton.cdiv(layout.out_width, for_up["BLOCK_O"]),)
-        silu_mul_kernel[grid](y, z, up, bias, table, *sizes, PIVOTED=layout.pivoted, **for_up)
-    else:
-        grid = (sum(triton.cdiv(p.rows, for_up["BLOCK_O"]) for p in layout.projections),)
-        if grid[0]:
-            up_kernel[grid](y, z, up, bias, table, *sizes, NUM_PROJECTIONS=len(layout.projections), **for_up)
+    down_launcher((down_programs, 1, 1), z, y, x, down, bias, table, num_tokens, d_in, *sizes[1:])
+    if up_programs:
+        sources = (layout.sources_start,) if layout.silu_mul else ()
+        up_launcher((up_programs, 1, 1), y, z, up, bias, table, *sizes, *sources)
     return y
