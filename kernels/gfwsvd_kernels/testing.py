@@ -122,8 +122,8 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def shipped_launches(arch: int) -> tuple[Launch, ...]:
     """The launches that the operators make on an architecture: every tile, with all flags where they may matter.
 
-    Groups use no tensor cores, or small tiles: what their other flags change is compiled for one architecture and in one
-    dtype.
+    Groups use no tensor cores, or small tiles of them: what their other flags change is compiled for one architecture
+    and in one dtype.
     """
     target = tiles.Target(arch, tiles.H200.num_sms)
     with recorded_launches() as launches:
