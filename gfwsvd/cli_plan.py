@@ -19,6 +19,7 @@ from .options import (
     Bits,
     DeviceMemory,
     Dtype,
+    Gains,
     HostMemory,
     Json,
     Model,
@@ -47,6 +48,7 @@ def plan_command(
     ] = "pivoted",
     bits: Bits = None,
     rounds: Rounds = 0,
+    gains: Gains = 0,
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
@@ -61,11 +63,11 @@ def plan_command(
 
     It reads the configuration of the model, never its weights, measures the machine for a few seconds, and refuses what
     cannot fit into the limits of memory, or else into what is free. Start it where the output is to go. Times suppose
-    that nothing else runs, and that the guard is content with its first choice of metrics, of four. Rounds have the
-    model in memory twice, dense and compressed.
+    that nothing else runs, and that the guard is content with its first choice of metrics, of four. Rounds and
+    gains have the model in memory twice, dense and compressed.
     """
     check_dtype(dtype)
-    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage, bits, rounds)
+    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage, bits, rounds, gains)
     check_settings(settings)
     limits = memory_limits(device_memory, host_memory)
     shape, name = model_shape(model, dtype=dtype)

@@ -5,7 +5,7 @@ counts as one move where it reads a tensor and writes one, and as a part of it w
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -99,6 +99,13 @@ def product(dtype: str, rows: float, columns: float, inner: float, times: float 
     return Step(f"matmul {dtype}", count ** (1 / 3), times, 2 * count * times)
 
 
+def thin(dtype: str, rows: float, inner: float, times: float = 1.0) -> Step:
+    """A product of matrices (ROWS, INNER) and (INNER, PART_PROBES), which takes far longer than a cube of as many
+    operations."""
+    count = rows * inner
+    return Step(f"thin {dtype}", count**0.5, times, 2 * PART_PROBES * count * times)
+
+
 def moves(numbers: float, times: float, itemsize: int = 4) -> Step:
     """Passes over a tensor."""
     return Step("move", numbers * itemsize, times)
@@ -154,6 +161,17 @@ def costs(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step
     return steps
 
 
+def slopes(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Step]:
+    """What it takes beside a pass over batches of `tokens` to see the slopes of the loss by gains of all outputs."""
+    steps = []
+    casts = 2 * 0.75 * (shape.itemsize < 4)  # of output and gradient to float32
+    for name, rank in ranks.items():
+        if rank is not None:
+            steps += _layer(shape, name, tokens, rank, times)
+            steps.append(moves(tokens * shape.linears[name][1], times * (2 + casts)))
+    return steps
+
+
 def collection(
     shape: Shape, tokens: int, *, collect: Collection[str], first: bool, on_cpu: bool, times: float
 ) -> list[Step]:
@@ -173,8 +191,9 @@ def collection(
         ):
             forms = 0 if first else 1  # the quadratic forms that weigh tokens
             # Triangles, half of a product, of the factor, the moment and the form
-            steps.append(product(dtype, width, width, tokens, times * (1 + grams + forms) / 2))
-            steps.append(product(probed, tokens, width, PART_PROBES, times * 2 * (1 + grams)))
+            triangle = product(dtype, width, width, tokens, times * (1 + grams + forms) / 2)
+            steps.append(replace(triangle, curve="gram", times=2 * triangle.times) if on_cpu else triangle)
+            steps.append(thin(probed, tokens, width, times * 2 * (1 + grams)))
             steps.append(product("float32", tokens, width, PROBES, times * 2 * first))
             steps.append(moves(tokens * width, times * moved, shape.itemsize))
     return steps

@@ -9,6 +9,8 @@ import torch
 
 from .calibration import HELDOUT_SHARE
 from .effort import NO_SPECTRUM, Ranks, Shape
+from .gains import HELDOUT_TOKENS as JUDGED_TOKENS
+from .gains import STEP_TOKENS, check_gains
 from .hardware import Hardware
 from .layers import LowRankLinear
 from .methods import GRADIENTS, INPUTS, KRONECKER, method_named
@@ -32,6 +34,7 @@ class Settings:
     storage: str = "pivoted"
     bits: int | None = None
     rounds: int = 0
+    gains: int = 0
     collect: frozenset[str] = frozenset({INPUTS, GRADIENTS, KRONECKER})
 
     @property
@@ -51,7 +54,21 @@ class Settings:
     @property
     def round_batches(self) -> float:
         """Batches that the loss is measured on before and after each round, the last of the text perhaps not full."""
-        return min(math.ceil(ROUND_TOKENS / self.batch_tokens), self.sequences * self.seq_len / self.batch_tokens)
+        return min(math.ceil(ROUND_TOKENS / self.batch_tokens), self._batches)
+
+    @property
+    def judged_batches(self) -> float:
+        """Batches that gains are judged by."""
+        return min(math.ceil(JUDGED_TOKENS / self.batch_tokens), self._batches // 2)
+
+    @property
+    def step_batches(self) -> float:
+        """Batches that a step of gains is fitted to."""
+        return min(math.ceil(STEP_TOKENS / self.batch_tokens), self._batches - self.judged_batches)
+
+    @property
+    def _batches(self) -> float:
+        return self.sequences * self.seq_len / self.batch_tokens
 
     @property
     def sides(self) -> tuple[bool, bool]:
@@ -61,11 +78,12 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """GfwsvdError for a share, method, storage, bits or rounds that `compress` would not take."""
+    """GfwsvdError for a share, method, storage, bits, rounds or gains that `compress` would not take."""
     check_keep(settings.keep)
     check_storage(settings.storage)
     check_bits(settings.bits)
     check_rounds(settings.rounds, "global", method_named(settings.method))
+    check_gains(settings.gains, method_named(settings.method))
 
 
 def uniform_ranks(shape: Shape, settings: Settings) -> Ranks:
@@ -96,6 +114,14 @@ def round_bytes(shape: Shape, settings: Settings) -> int:
     ranks = uniform_ranks(shape, settings).items()
     layers = sum(_layer_bytes(*shape.linears[name], rank, False, None, shape.dtype) for name, rank in ranks if rank)
     return layers + activation_bytes(shape, settings) + 4 * 4 * settings.batch_tokens * shape.widest
+
+
+def gain_bytes(shape: Shape, settings: Settings) -> int:
+    """Device memory of gains beside the model: that of a round, another copy of the up factors, and predictions of the
+    dense model in float32, as logits and as logarithms."""
+    ranks = uniform_ranks(shape, settings).items()
+    ups = sum(shape.linears[name][1] * rank * shape.itemsize for name, rank in ranks if rank)
+    return round_bytes(shape, settings) + ups + 2 * 4 * settings.batch_tokens * shape.vocabulary
 
 
 @cache

@@ -5,8 +5,8 @@ But errors meet in the model, where they shrink and turn what later layers see, 
 back in part. Let outputs y = Ŵ x of a layer become (1 + a) y. One backward pass gives the slopes of the loss by all a
 at once, `sum <g_i, y_i>`, and the layer's metrics half of its curvature by each a_i, `left_ii (Ŵ right Ŵᵀ)_ii`. From
 both comes a Newton step, drawn towards zero by how large gains are expected to be beforehand (`PRIOR`). Steps of
-different layers add up, for the same errors call for all of them, so only a share of each is made: that which lowers
-the loss of held-out batches most.
+different layers add up, for the same errors call for all of them, so only a share of each is made, and smaller ones
+until the loss of held-out batches falls.
 
 Gains are multiplied into the factors: they take no memory and no time.
 """
@@ -27,11 +27,12 @@ from .methods import Method
 from .metrics import Metric, diagonal, multiply
 from .track import Track
 
-STEP_TOKENS = 8192  # of a step, at least, where the batches hold so many
+STEP_TOKENS = 4096  # of a step, at least, where the batches hold so many
 HELDOUT_TOKENS = 4096  # at the end of the batches, likewise
-PRIOR = 0.05  # standard deviation of gains beforehand
-FIRST_RATE = 0.1  # the share of a Newton step that is tried first
-RATES = (0.5, 1.0, 2.0)  # of the last one, that are tried
+PRIOR = 0.2  # standard deviation of gains beforehand
+MOMENTUM = 0.6  # of a step goes into the next one
+FIRST_RATE = 0.1  # the share of a step that is tried first
+FASTER, SLOWER, TRIES = 1.25, 0.5, 6  # what it is multiplied by where the loss fell, and where not; how often at most
 
 
 def check_gains(gains: int, row: Method) -> None:
@@ -99,27 +100,32 @@ def fitted_gains(
     ups = {name: layer.up.detach().clone() for name, layer in layers.items()}
     gains = {name: torch.ones(len(up), dtype=torch.float64, device=up.device) for name, up in ups.items()}
 
-    def judge(found: Mapping[str, Tensor], title: str) -> float:
+    def place(found: Mapping[str, Tensor]) -> None:
         for name, layer in layers.items():
             layer.up.data.copy_(found[name][:, None] * ups[name])
+
+    def judge(found: Mapping[str, Tensor], title: str) -> float:
+        place(found)
         return measured(model, layers, heldout, loss, title=title, track=track)[0]
 
-    losses, rate = [judge(gains, f"loss before {steps} steps of gains")], FIRST_RATE
+    losses, rate, velocity = [judge(gains, f"loss before {steps} steps of gains")], FIRST_RATE, None
     for number in range(steps):
         title = f"gains, step {number + 1} of {steps}"
         part = parts[number % len(parts)]
         _, slopes = measured(model, layers, part, loss, see=output_slopes(layers), title=title, track=track)
         newton = _newton(slopes, curvatures, gains, tokens=sum(map(num_tokens, part)))
-        tried = {0.0: (losses[-1], gains)}
-        for share in (rate * factor for factor in RATES):
-            found = {name: gain * (1 + share * newton[name]) for name, gain in gains.items()}
-            tried[share] = judge(found, f"{title}, {share:.3g} of it"), found
-        share = min(tried, key=lambda share: tried[share][0])
-        loss_now, gains = tried[share]
-        losses.append(loss_now)
-        rate = share or rate * min(RATES) ** 2
-        for name, layer in layers.items():
-            layer.up.data.copy_(gains[name][:, None] * ups[name])
+        step = newton if velocity is None else {name: newton[name] + MOMENTUM * velocity[name] for name in newton}
+        velocity = None
+        for _ in range(TRIES):
+            found = {name: gain * (1 + rate * step[name]) for name, gain in gains.items()}
+            fallen = (now := judge(found, f"{title}, {rate:.2g} of it")) < losses[-1]
+            rate *= FASTER if fallen else SLOWER
+            if fallen:
+                gains, velocity = found, step
+                break
+            step = newton
+        losses.append(min(now, losses[-1]))
+        place(gains)
     return Fitted(gains, losses)
 
 

@@ -1,6 +1,7 @@
 """What a machine can do, measured in a few seconds: how long its operations take by size, its memory and its disk."""
 
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -14,12 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gfwsvd_kernels import gram_accumulate
+
 from .errors import GfwsvdError
+from .statistics import PART_PROBES
 
 _LONG = 0.06  # seconds: an operation that took so long is not measured at a larger size
 _SIZES = [64 << power for power in range(7)]
 _BYTES = [1 << power for power in range(14, 31, 2)]
 _FILE = 1 << 25  # bytes
+_CACHED = 1 << 25  # bytes that may still be in a cache; tensors that are passed over come from memory
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,10 @@ class Hardware:
     Attributes:
         device: the kind of device that the model is on, "cpu" or "cuda".
         name: of the device, for people.
-        curves: by operation. "matmul DTYPE" of square matrices and, in float64, "cholesky", "eigh", "qr", "lu" and
-            "solve" (a triangle and as many right-hand sides) by the number of rows; "move", one number times another
-            into new memory, by the bytes that are read.
+        curves: by operation. "matmul DTYPE" of square matrices, "thin DTYPE" of one and `PART_PROBES` columns and, in
+            float64, "cholesky", "eigh", "qr", "lu" and "solve" (a triangle and as many right-hand sides) by the number
+            of rows; on a CPU "gram", a packed triangle that grows by as many rows as it has, by these; "move", one
+            number times another into new memory, by the bytes that are read.
         disk_read, disk_write, digest: bytes a second, from and to the disk and through SHA-256.
         device_memory, host_memory, disk: free bytes; the first two are the same on a CPU.
         gpus: GPUs that are here, of the same memory; 1 on a CPU.
@@ -112,8 +118,12 @@ def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.Pat
             f"there is no device {device} here ({reason}): plan on the machine that will do the work, or give another "
             "--device"
         ) from error
-    operations = {f"matmul {str(kind).removeprefix('torch.')}": _matmul(kind) for kind in (torch.float32, dtype)}
+    kinds = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, dtype)}
+    operations = {f"matmul {name}": _matmul(kind) for name, kind in kinds.items()}
     curves = {name: _curve(start, _SIZES, 3, device) for name, start in (operations | _FLOAT64).items()}
+    curves |= {f"thin {name}": _curve(_matmul(kind, PART_PROBES), _SIZES, 2, device) for name, kind in kinds.items()}
+    if device.type == "cpu":  # where blocks of a triangle are slower than whole products, and are copied into place
+        curves["gram"] = _curve(_gram, _SIZES, 3, device)
     curves["move"] = _curve(_move, _BYTES, 1, device)
     read, write = _disk_rates(Path(folder))
     on_gpu = device.type == "cuda"
@@ -137,12 +147,20 @@ def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.Pat
 Start = Callable[[int, torch.device], Callable[[], object]]  # what prepares an operation of a size on a device
 
 
-def _matmul(dtype: torch.dtype) -> Start:
+def _matmul(dtype: torch.dtype, columns: int | None = None) -> Start:
+    """A square matrix times itself, or its first `columns`."""
+
     def start(size: int, device: torch.device) -> Callable[[], object]:
         left = torch.ones(size, size, dtype=dtype, device=device)
-        return lambda: left @ left
+        right = left[:, :columns].contiguous()
+        return lambda: left @ right
 
     return start
+
+
+def _gram(size: int, device: torch.device) -> Callable[[], object]:
+    rows, out = torch.ones(size, size, device=device), torch.zeros(size * (size + 1) // 2, device=device)
+    return lambda: gram_accumulate(out, rows)
 
 
 def _on_square(operation: Callable[[Tensor], object]) -> Start:
@@ -169,8 +187,8 @@ _FLOAT64: dict[str, Start] = {
 
 
 def _move(size: int, device: torch.device) -> Callable[[], object]:
-    values = torch.ones(size // 4, device=device)
-    return lambda: values * 2.0
+    values = itertools.cycle([torch.ones(size // 4, device=device) for _ in range(min(64, -(-_CACHED // size)))])
+    return lambda: next(values) * 2.0
 
 
 def _curve(start: Start, sizes: list[int], power: float, device: torch.device) -> Curve:
@@ -179,8 +197,8 @@ def _curve(start: Start, sizes: list[int], power: float, device: torch.device) -
         operation = start(size, device)
         seconds = _timed(operation, device, 1)
         if seconds < _LONG or not points:  # a first call is longer: libraries, workspaces, new pages of memory
-            repeats = 1 if seconds > _LONG / 10 else 5
-            seconds = min(_timed(operation, device, repeats) for _ in range(2))
+            # The mean and not the best, since the work will meet no better moments
+            seconds = _timed(operation, device, 3 if seconds > _LONG / 10 else 10)
         points.append((size, seconds))
         if seconds > _LONG:
             break
@@ -188,13 +206,15 @@ def _curve(start: Start, sizes: list[int], power: float, device: torch.device) -
 
 
 def _timed(operation: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one of `repeats` calls in a row."""
+    """Seconds of one of `repeats` calls in a row. On a CPU those of this thread alone, whose share of an operation is
+    that of any other: what else runs on the machine does not count."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     _synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeats):
         operation()
     _synchronize(device)
-    return (time.perf_counter() - began) / repeats
+    return (clock() - began) / repeats
 
 
 def _synchronize(device: torch.device) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from .budget import Collected, Room, bytes_text, layer_groups
 from .checks import check_length
-from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds
+from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds, slopes
 from .errors import GfwsvdError
 from .footprint import (
     Settings,
     activation_bytes,
     check_settings,
     factor_bytes,
+    gain_bytes,
     placed,
     recomputed_bytes,
     round_bytes,
@@ -26,6 +27,7 @@ from .footprint import (
 from .hardware import Hardware
 from .methods import method_named
 
+JUDGEMENTS = 1.3  # of a step of gains, on average: one, and further ones where it was too long
 _SHORTEST = 32  # tokens of a sequence, below which no shorter ones are proposed
 
 
@@ -57,7 +59,7 @@ class Plan:
     Attributes:
         phases: in order; for `passes`, one for every sweep, which goes over the text once for each group of layers.
         groups: groups that layers are collected in, so that their statistics fit the memory; 0 without calibration.
-        passes: passes over the text in all, but for the few batches of rounds.
+        passes: passes over the text in all, but for the batches of rounds and gains.
         statistics_bytes: of the directory of statistics.
         dense_bytes, output_bytes: of the weights before and after; with bits, of layers that all become low-rank: one
             that stays dense keeps its dtype.
@@ -236,6 +238,10 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, collecting: _C
             steps = _measured(shape, settings, backward=number < settings.rounds)
             title = f"loss after {number} of {settings.rounds} rounds"
             yield phase(title, steps, device=there + beside, disk=files, read=factors)
+    if settings.gains:
+        title = f"{settings.gains} steps of gains"
+        beside = gain_bytes(shape, settings)
+        yield phase(title, _fitted(shape, settings), device=there + beside, disk=files, read=factors)
     yield phase("factors from disk", device=there + int(on_first * smaller), disk=files, read=files)
     yield phase("writing", device=int(on_first * smaller), host=smaller, disk=files + smaller, written=smaller)
 
@@ -277,6 +283,17 @@ def _measured(shape: Shape, settings: Settings, *, backward: bool) -> list[Step]
     return steps + costs(shape, tokens, ranks=ranks, times=times * backward)
 
 
+def _fitted(shape: Shape, settings: Settings) -> list[Step]:
+    """Steps of gains, each fitted to some batches and judged by others, where the dense model runs too."""
+    tokens, ranks, seq_len = settings.batch_tokens, uniform_ranks(shape, settings), settings.seq_len
+    fitted = settings.gains * settings.step_batches
+    judged = (1 + JUDGEMENTS * settings.gains) * settings.judged_batches
+    steps = model_pass(shape, tokens, seq_len, backward=False, times=fitted + judged)
+    steps += model_pass(shape, tokens, seq_len, backward=False, times=judged, ranks=ranks)
+    steps += model_pass(shape, tokens, seq_len, times=fitted, ranks=ranks)
+    return steps + slopes(shape, tokens, ranks=ranks, times=fitted)
+
+
 def _rooms(phase: Phase, hardware: Hardware) -> list[tuple[str, int, int]]:
     """What a phase needs of each resource, and what there is."""
     return [
@@ -312,7 +329,7 @@ _LACKING = (
 
 
 def _smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Smaller batches, then shorter sequences, the text as long as before, then no rounds."""
+    """Smaller batches, then shorter sequences, the text as long as before, then no rounds, no gains, neither."""
     size, length, sequences = settings.batch_size, settings.seq_len, settings.sequences
     while size > 1:
         size //= 2
@@ -323,3 +340,7 @@ def _smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield f"--batch-size 1 --seq-len {length} --sequences {sequences}", shorter
     if settings.rounds:
         yield "--rounds 0", replace(settings, rounds=0)
+    if settings.gains:
+        yield "--gains 0", replace(settings, gains=0)
+    if settings.rounds and settings.gains:
+        yield "--rounds 0 --gains 0", replace(settings, rounds=0, gains=0)

@@ -258,6 +258,8 @@ def _boundary(good: float, bad: float, fits: Callable[[float], bool]) -> float:
     """The value nearest to `bad` that `fits`, as `good` does."""
     for _ in range(100):
         middle = (good + bad) / 2
+        if middle in (good, bad):  # no number is between them
+            break
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 

@@ -12,9 +12,8 @@ import torch
 from gfwsvd.ranked import joined
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["gfwsvd.cli", "gfwsvd.hf", "pytest", "typer.testing", "transformers.models.llama.modeling_llama"]
-)
+_LATE = ["pydantic", "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"]
+_CONTEXT.set_forkserver_preload(["gfwsvd.cli", "gfwsvd.hf", "pytest", "typer.testing", *_LATE])
 
 
 def start(function: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> BaseProcess:

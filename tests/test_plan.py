@@ -16,7 +16,8 @@ from gfwsvd.calibration import silent
 from gfwsvd.cli import app
 from gfwsvd.cli_plan import duration
 from gfwsvd.effort import flops, model_pass
-from gfwsvd.footprint import Settings, activation_bytes, round_bytes, uniform_ranks
+from gfwsvd.footprint import Settings, activation_bytes, gain_bytes, round_bytes, uniform_ranks
+from gfwsvd.gains import fitted_gains
 from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
@@ -30,12 +31,13 @@ from gfwsvd.work import open_work
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
 
 GIB = 1 << 30
-NAMES = ("matmul float32", "matmul float64", "cholesky", "eigh", "qr", "lu", "solve", "move")
+POWERS = {"move": 1.0, "thin float32": 2.0}
+NAMES = ("matmul float32", "matmul float64", "cholesky", "eigh", "qr", "lu", "solve", "gram", *POWERS)
 # A machine that does everything at a rate of its own, whatever the size
 MACHINE = Hardware(
     device="cpu",
     name="made up",
-    curves={name: Curve(((1.0, 1e-9),), 1.0 if name == "move" else 3.0) for name in NAMES},
+    curves={name: Curve(((1.0, 1e-9),), POWERS.get(name, 3.0)) for name in NAMES},
     disk_read=1e9,
     disk_write=1e9,
     digest=1e9,
@@ -43,7 +45,7 @@ MACHINE = Hardware(
     host_memory=GIB,
     disk=GIB,
 )
-CURVES = {**MACHINE.curves, "matmul bfloat16": MACHINE.curves["matmul float32"]}
+CURVES = {**MACHINE.curves} | {f"{kind} bfloat16": MACHINE.curves[f"{kind} float32"] for kind in ("matmul", "thin")}
 GPU = replace(MACHINE, device="cuda")
 SETTINGS = Settings(sequences=16, seq_len=16, batch_size=4)
 
@@ -243,6 +245,42 @@ def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
     assert {round_bytes(shape, settings) - beside} == sizes
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gains_take_the_products_that_torch_counts(steps, monkeypatch):
+    monkeypatch.setattr("gfwsvd.plan.JUDGEMENTS", 1)
+    monkeypatch.setattr("gfwsvd.gains.TRIES", 1)
+    for tokens in ("STEP_TOKENS", "HELDOUT_TOKENS"):
+        monkeypatch.setattr(f"gfwsvd.gains.{tokens}", 128)
+    monkeypatch.setattr("gfwsvd.footprint.STEP_TOKENS", 128)
+    monkeypatch.setattr("gfwsvd.footprint.JUDGED_TOKENS", 128)
+    settings = replace(SETTINGS, sequences=40, seq_len=16, batch_size=4, keep=0.5, gains=steps)
+    model = tiny_model("llama")
+    shape = replace(shape_of(model), heads=0, positions=None)  # of attention, half is counted
+    ranks = {name: rank for name, rank in uniform_ranks(shape, settings).items() if rank is not None}
+    layers = {
+        name: LowRankLinear.from_factors(
+            torch.randn(module.out_features, ranks[name]) / 100, torch.randn(ranks[name], module.in_features)
+        )
+        for name, module in find_linears(model).items()
+    }
+    curvatures = {name: torch.ones(len(layer.up)) for name, layer in layers.items()}
+    with FlopCounterMode(display=False) as counter:
+        fitted_gains(
+            model,
+            find_linears(model),
+            layers,
+            list(batches(settings)),
+            steps=steps,
+            curvatures=curvatures,
+            track=silent,
+        )
+    counted = counter.get_flop_counts()["Global"]
+    (found,) = (phase for phase in plan(shape, settings, MACHINE).phases if phase.name.endswith("gains"))
+    products = sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert found.flops == pytest.approx(products, rel=1e-12)
+    assert gain_bytes(shape, settings) > round_bytes(shape, settings)
+
+
 def test_a_model_that_is_not_twice_in_memory_is_refused_rounds_beforehand():
     tiny = shape_of(tiny_model("llama"))
     leaders = {
@@ -371,7 +409,7 @@ def test_a_full_disk_is_refused_before_the_work():
 
 def test_settings_that_compress_would_not_take_are_refused():
     shape = shape_of(tiny_model("llama"))
-    for wrong in ({"keep": 1.5}, {"method": "magic"}, {"storage": "zip"}, {"bits": 3}, {"rounds": -1}):
+    for wrong in ({"keep": 1.5}, {"method": "magic"}, {"storage": "zip"}, {"bits": 3}, {"rounds": -1}, {"gains": -1}):
         with pytest.raises(GfwsvdError, match=next(iter(wrong))):
             plan(shape, replace(SETTINGS, **wrong), MACHINE)
     with pytest.raises(GfwsvdError, match="of method svd are not: leave out the rounds"):
@@ -407,7 +445,7 @@ def test_a_machine_is_measured_by_every_operation_that_a_plan_counts(monkeypatch
     monkeypatch.setattr(hardware_module, "_BYTES", [1 << 10])
     monkeypatch.setattr(hardware_module, "_FILE", 1 << 12)
     found = measure("cpu", torch.bfloat16, tmp_path)
-    assert set(found.curves) == {*NAMES, "matmul bfloat16"} and not list(tmp_path.iterdir())
+    assert set(found.curves) == {*NAMES, "matmul bfloat16", "thin bfloat16"} and not list(tmp_path.iterdir())
     assert all(seconds > 0 for curve in found.curves.values() for _, seconds in curve.points)
     assert found.device_memory == found.host_memory > 0 and found.disk > 0 and not found.spread
     if not torch.cuda.is_available():
@@ -445,8 +483,9 @@ def test_the_command_prints_a_table_or_json_and_refuses_early(skeletons, monkeyp
     shown = " ".join(run(skeletons / "llama", *sizes).stdout.split())
     assert all(phase.name in shown for phase in expected.phases)
     assert "an upper bound" in shown and "2 memory GB/s" in shown and "float64 TFLOP/s" in shown
-    more = json.loads(run(skeletons / "llama", *sizes, "--bits", 8, "--rounds", 2, "--json").stdout.splitlines()[-1])
-    asked = replace(SETTINGS, bits=8, rounds=2)
+    asked = ("--bits", 8, "--rounds", 2, "--gains", 3)
+    more = json.loads(run(skeletons / "llama", *sizes, *asked, "--json").stdout.splitlines()[-1])
+    asked = replace(SETTINGS, bits=8, rounds=2, gains=3)
     assert more == {"model": "llama", **plan(model_shape(str(skeletons / "llama"))[0], asked, MACHINE).to_json()}
     refused = run(skeletons / "llama", *sizes, "--host-memory", "1M", status=1)
     assert "calibration sweep 1 needs" in refused.stderr

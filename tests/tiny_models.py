@@ -114,10 +114,12 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
 
 
-def tiny_workspace(folder: Path, *, words: int) -> Path:
-    """Writes a tiny Llama with its tokenizer to `folder / "model"` and a text of random words to `folder / "text.txt"`;
-    returns `folder`."""
-    tiny_model("llama").save_pretrained(folder / "model")
+def tiny_workspace(folder: Path, *, words: int, blocks: int = 2) -> Path:
+    """Writes a tiny Llama of so many `blocks`, one or two, with its tokenizer to `folder / "model"` and a text of
+    random words to `folder / "text.txt"`; returns `folder`."""
+    model: Any = tiny_model("llama")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:blocks], blocks
+    model.save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     numbers = torch.randint(VOCABULARY, (words,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
