@@ -114,6 +114,8 @@ check() {
     fi
     step "$1" "$2" checks.log "${tool[@]}" "$python" "${small[@]}" --op "${others[@]}" --providers ours "${tokens[@]}"
     step "$1 of groups" "$2" checks.log "${tool[@]}" "$python" "${small[@]}" --op "${groups[@]}" --providers ours "${few[@]}"
+    [ "$dry" ] || step "$1 of groups on tensor cores" "$2" checks.log "${tool[@]}" "$python" "${small[@]}" \
+        --op lowrank_group lowrank_group_pivoted --providers ours_few --tokens 5
     # More tokens are products of the BLAS as well, at whose kernels racecheck itself stops with an illegal access
     [ "$1" == racecheck ] || step "$1 of groups of many tokens" "$2" checks.log \
         "${tool[@]}" "$python" "${small[@]}" --op "${groups[@]}" --providers "${ways[@]}" "${many[@]}"

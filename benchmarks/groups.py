@@ -17,7 +17,8 @@ from benchmarks.providers import Call, Inputs, Missing, Provider
 from benchmarks.shapes import GroupCase
 from gfwsvd.quantise import eight_bits
 from gfwsvd_kernels import Factors, LowRankGroup
-from gfwsvd_kernels.layout import FEW_TOKENS, UNIT, Operands
+from gfwsvd_kernels.layout import SKINNY_TOKENS, UNIT, Operands
+from gfwsvd_kernels.tiles import FEW_TOKENS
 
 
 def inputs(case: GroupCase, dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> Inputs:
@@ -175,6 +176,21 @@ def in_triton(name: str, most_tokens: int | None = None) -> Provider:
     return Provider(load)
 
 
+def _few(device: torch.device) -> Call:
+    """A few tokens on tensor cores, which the interpreter does not have."""
+    if device.type != "cuda":
+        raise Missing("needs a GPU")
+    few = _imported("few")
+
+    def call(i: Inputs) -> Tensor:
+        _at_most(FEW_TOKENS, i)
+        if not few.takes(i["x"], i["operands"]):
+            raise Missing("takes factors in half precision, of inputs in multiples of 8")
+        return few.few(i["x"], i["operands"], i["layout"])
+
+    return call
+
+
 _OURS = by.ours("decode", "lowrank_group", "x", *Operands._fields, "sizes", "silu_mul")
 
 
@@ -190,7 +206,8 @@ def _of_others(name: str) -> Provider:
 
 PROVIDERS: dict[str, Provider] = {
     "ours": _OURS,
-    "ours_skinny": in_triton("skinny", FEW_TOKENS),
+    "ours_skinny": in_triton("skinny", SKINNY_TOKENS),
+    "ours_few": Provider(_few),
     "ours_matmuls": in_triton("matmuls"),
     "dense": by.plain(_dense_call),
     "two_matmuls": by.plain(_two_matmuls),

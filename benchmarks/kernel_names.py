@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TRITON = re.compile(r"^@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", re.MULTILINE)
+TRITON = re.compile(r"^@(?:triton|gluon)\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", re.MULTILINE)
 
 
 def kernel_names(root: Path = ROOT) -> list[str]:

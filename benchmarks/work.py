@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.shapes import Case, GroupCase
+from gfwsvd_kernels import few
 from gfwsvd_kernels.plan import Plan
 
 
@@ -29,6 +30,7 @@ class Work:
 
 
 L2_BYTES = 60e6  # of an H200
+FEW_COLUMNS = few.CHUNK.value  # that a warp multiplies in a step
 
 
 def cdiv(a: int, b: int) -> int:
@@ -173,6 +175,28 @@ def _up(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
     return _skinny(a, grid, a["z_width"] + a["out_width"], a["up_ptr"].numel())
 
 
+def _few(a: dict[str, Any], grid: tuple[int, ...], read: int, weights: int) -> Work:
+    """The same on tensor cores, where all but the last step of weights and tokens is under way."""
+    size, rows, tokens = a["y_ptr"].element_size(), a["BLOCK_O"], a["BLOCK_T"]
+    moved = size * (weights + a["num_tokens"] * read)
+    return Work(
+        blocks=grid[0],
+        flops=2 * tokens * weights,
+        half=True,
+        dram_bytes=moved,
+        l2_bytes=moved + size * a["num_tokens"] * weights // rows,
+        step_bytes=(a["DEPTH"] - 1) * a["SPLIT"] * FEW_COLUMNS * (rows + tokens) * size,
+    )
+
+
+def _few_down(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
+    return _few(a, grid, a["d_in"] + a["z_width"], a["down_ptr"].numel())
+
+
+def _few_up(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
+    return _few(a, grid, a["z_width"] + a["out_width"], a["up_ptr"].numel())
+
+
 def _finish(a: dict[str, Any], grid: tuple[int, ...], case: GroupCase) -> Work:
     size, tokens = a["y_ptr"].element_size(), a["num_tokens"]
     moved = size * tokens * (a["sums_width"] + a["out_width"] + a["PIVOTED"] * a["z_width"])
@@ -221,5 +245,8 @@ WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...], Any], Work]] = {
     "linear_kernel": _linear,
     "down_kernel": _down,
     "up_kernel": _up,
+    "few_down_kernel": _few_down,
+    "few_up_kernel": _few_up,
+    "few_silu_mul_kernel": _few_up,
     "finish_kernel": _finish,
 }

@@ -105,3 +105,4 @@ def test_the_names_of_the_kernels_are_those_in_the_sources(tmp_path):
     sources = "".join(path.read_text() for path in (ROOT / "kernels/gfwsvd_kernels").glob("*.py"))
     launched = {*re.findall(r"(\w+)\[[^\[\]\n]+(?:\([^()]*\)[^\[\]\n]*)*\]\(\n", sources)}
     assert launched and launched <= {*kernel_names()}
+    assert {*re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)} == {*kernel_names()}

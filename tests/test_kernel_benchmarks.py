@@ -20,7 +20,7 @@ from benchmarks.registry import OPS
 from benchmarks.shapes import MODELS, Case, Grid
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_GPUS = {"quack", "flash_muon"}
+ON_GPUS = {"quack", "flash_muon", "ours_few"}
 MOST_TOKENS = {"ours_skinny": 2}
 CEILINGS = ("copy_gbs", "read_gbs", "bf16_tflops", "fp16_tflops", "fp32_tflops")
 EVERY_LAYER = MODELS["tiny"]

@@ -1,7 +1,8 @@
 """`lowrank_group` on a GPU: which way a number of tokens goes.
 
-Up to `FEW_TOKENS` take two launches that read every weight once (`skinny.py`). More tokens are matrix products, which
-the BLAS does best, and one pass that finishes them where there is a pivot or an activation.
+Up to `SKINNY_TOKENS` take two launches that read every weight once (`skinny.py`), and up to `FEW_TOKENS` in half
+precision two that use tensor cores beside that (`few.py`). More tokens, and what `few` does not take, are matrix
+products, which the BLAS does best, and one pass that finishes them where there is a pivot or an activation.
 """
 
 from typing import Any
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfwsvd_kernels import tiles
+from gfwsvd_kernels.few import few, takes
 from gfwsvd_kernels.finish import finish
-from gfwsvd_kernels.layout import FEW_TOKENS, UNIT, Layout, Operands
+from gfwsvd_kernels.layout import SKINNY_TOKENS, UNIT, Layout, Operands
 from gfwsvd_kernels.skinny import skinny
 
 
@@ -58,10 +60,12 @@ def group(x: Tensor, operands: Operands, layout: Layout, *, target: tiles.Target
     num_tokens = rows.shape[0]
     if not num_tokens:
         y = x.new_empty(0, layout.out_width)
-    elif num_tokens > FEW_TOKENS:
-        y = matmuls(rows, operands, layout)
-    else:
+    elif num_tokens <= SKINNY_TOKENS:
         y = skinny(rows, operands, layout, target=target)
+    elif num_tokens <= tiles.FEW_TOKENS and takes(rows, operands):
+        y = few(rows, operands, layout, target=target)
+    else:
+        y = matmuls(rows, operands, layout)
     return y.view(*x.shape[:-1], layout.out_width)
 
 

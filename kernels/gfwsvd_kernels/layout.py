@@ -25,7 +25,7 @@ from torch import Tensor
 
 ALIGN = 8  # elements: 16 bytes of a half-precision type
 UNIT = 1 / 128  # so small that sums in float16 do not overflow where those of the factors themselves would not
-FEW_TOKENS = 2  # up to here two launches read every factor once; more tokens are matrix products
+SKINNY_TOKENS = 2  # up to here tensor cores would not help
 
 FIELDS = (
     "z_start",  # first column of z_i in z

@@ -238,9 +238,6 @@ def _launchers(
     return found[0], found[1]
 
 
-_target = cache(tiles.target)  # asking a GPU what it is takes the host long
-
-
 def skinny(
     x: Tensor,
     operands: Operands,
@@ -249,7 +246,7 @@ def skinny(
     target: tiles.Target | None = None,
     tile: tiles.Tile | None = None,
 ) -> Tensor:
-    """y (T, out_width) of x (T, D_IN), T at most `FEW_TOKENS`, whose rows are contiguous."""
+    """y (T, out_width) of x (T, D_IN), T at most `SKINNY_TOKENS`, whose rows are contiguous."""
     down, up, bias, table, scales = operands
     # What stands for no scales is never read
     of_down, of_up = (x, x) if scales is None else scales
@@ -259,7 +256,7 @@ def skinny(
     y = x.new_empty(num_tokens, layout.out_width, dtype=stored)
     finishes = layout.silu_mul and layout.pivoted
     products = x.new_empty(num_tokens, layout.sums_width, dtype=stored) if finishes else y
-    target = target or _target(x.device)
+    target = target or tiles.known_target(x.device)
     dependent = target.arch >= 90 and x.device.type != "cpu"
     (down_launcher, down_programs), (up_launcher, up_programs) = _launchers(
         layout, target, x.dtype, num_tokens, bias is not None, scales is not None, dependent, tile

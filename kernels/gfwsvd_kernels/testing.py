@@ -27,10 +27,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gfwsvd_kernels import Factors, LowRankGroup, decode, gram, layout, quadform, sequence, tiles
+from gfwsvd_kernels import Factors, LowRankGroup, decode, few, gram, layout, quadform, sequence, tiles
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
@@ -68,7 +69,8 @@ class Launch:
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return source(self.kernel, signature, constants, attributes)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def shipped_launches(arch: int) -> tuple[Launch, ...]:
     """The launches that the operators make on an architecture: every tile, with all flags where they may matter.
 
-    Groups use no tensor cores: what their other flags change is compiled for one architecture and in one dtype.
+    Groups use no tensor cores, or small tiles of them: what their other flags change is compiled for one architecture
+    and in one dtype.
     """
     target = tiles.Target(arch, tiles.H200.num_sms)
     with recorded_launches() as launches:
@@ -128,6 +131,7 @@ def shipped_launches(arch: int) -> tuple[Launch, ...]:
             _launch_all(dtype, 4096, target)
             _launch_other_flags(dtype, 4096, target)
         _launch_all(torch.float16, 4096, target)
+        _launch_few(target)
         _launch_all(torch.float32, 4095, target)  # unaligned; 2-byte types have the same tiles and need fewer registers
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for pivoted in (False, True):  # gate and up do the most
@@ -182,6 +186,25 @@ def _launch_group(
     pivoted: bool = False,
     whole: bool = False,
 ) -> None:
+    group = _group(dtype, width, count, with_bias=with_bias, pivoted=pivoted, whole=whole)
+    for num_tokens in (1, layout.SKINNY_TOKENS, 1000):
+        x = _empty(num_tokens, width, dtype=dtype)
+        decode.lowrank_group(x, *group.operands, group.layout.sizes, group.layout.silu_mul, target=target)
+
+
+def _launch_few(target: tiles.Target) -> None:
+    """All shapes for a few tokens, pivoted, which does the most; float16 is the same code with other instructions."""
+    for block, shapes in tiles.FEW.items():
+        x = _empty(block, 4096, dtype=torch.bfloat16)
+        for count, up in ((2, "silu_mul"), (3, "up")):
+            group = _group(torch.bfloat16, 4096, count, with_bias=True, pivoted=True)
+            for both in zip(shapes["down"], shapes[up], strict=True):
+                few.few(x, group.operands, group.layout, target=target, shapes=both)
+
+
+def _group(
+    dtype: torch.dtype, width: int, count: int, *, with_bias: bool, pivoted: bool, whole: bool = False
+) -> LowRankGroup:
     """One projection, three, or two that make up one output, `width` to `width`; with `whole`, of whole numbers."""
     rank = 1632 // count
     stored = torch.int8 if whole else dtype
@@ -192,10 +215,7 @@ def _launch_group(
         torch.arange(rank) if pivoted else None,
         _empty(2, rank, dtype=dtype) if whole else None,
     )
-    group = LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
-    for num_tokens in (1, layout.FEW_TOKENS, 1000):
-        x = _empty(num_tokens, width, dtype=dtype)
-        decode.lowrank_group(x, *group.operands, group.layout.sizes, group.layout.silu_mul, target=target)
+    return LowRankGroup([projection] * count, activation="silu_mul" if count == 2 else None)
 
 
 def _launch_ones(target: tiles.Target) -> None:

@@ -6,6 +6,7 @@ architecture. `tests/kernels/test_aot.py` compiles every one of them again.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -141,6 +142,9 @@ def target(device: torch.device) -> Target:
     return Target({9: 90, 10: 100}.get(properties.major, 80), properties.multi_processor_count)
 
 
+known_target = cache(target)  # asking a GPU what it is takes the host long
+
+
 def tile(kernel: str, target: Target, dtype: torch.dtype, *tensors: Tensor) -> Tile:
     """The tile of a kernel that multiplies in dtype and addresses these tensors."""
     if _is_aligned(*tensors):
@@ -210,3 +214,35 @@ def skinny_tile(target: Target, dtype: torch.dtype, num_tokens: int, rows: int) 
         if places <= 1 or math.ceil(places) <= MOST_WASTE * places:
             break
     return replace(tile, depth=2 * tile.depth // dtype.itemsize)
+
+
+class Few(NamedTuple):
+    """How a launch for a few tokens on tensor cores shares its work."""
+
+    rows: int  # of a program
+    split: int  # warps that share the columns, 64 each in turn; of silu_mul half of them for each projection
+    across: int  # warps that share the rows
+    depth: int  # steps in shared memory or on their way there
+
+
+# Tokens of a block -> kernel -> for at most FEW_ROWS rows of its factors an SM, and for more. More tokens than the
+# largest block has are matrix products.
+FEW: dict[int, dict[str, tuple[Few, Few]]] = {
+    8: {
+        "down": (Few(16, 8, 1, 4), Few(16, 4, 1, 6)),
+        "up": (Few(16, 8, 1, 4), Few(32, 2, 2, 8)),
+        "silu_mul": (Few(32, 4, 2, 4),) * 2,
+    },
+}
+FEW_ROWS = 30  # so that programs of 16 rows, of which two fit an SM, run all at once
+FEW_TOKENS = max(FEW)
+
+
+def few_block(num_tokens: int) -> int:
+    """The tokens of the block that so many go into."""
+    return min(block for block in FEW if block >= num_tokens)
+
+
+def few_shape(kernel: str, target: Target, block: int, rows: int) -> Few:
+    """The shape of a launch over so many rows in all."""
+    return FEW[block][kernel][rows > FEW_ROWS * target.num_sms]

@@ -12,6 +12,8 @@ from gfwsvd_kernels import tiles
 # Shared memory that a block may have: 8.6 and 8.9 run the tiles of 8.0 and have the least.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# They multiply a few tokens: tiles as small as those of the first tensor cores
+SMALL = ("few_down_kernel", "few_up_kernel", "few_silu_mul_kernel")
 KERNELS = (
     "gram_kernel",
     "quadratic_form_kernel",
@@ -43,6 +45,7 @@ def test_every_kernel_is_compiled_for_every_architecture_and_dtype(compiled):
             for dtype in ("*fp32", "*fp16", "*bf16"):
                 assert (kernel, arch, dtype) in found
         assert ("apply_kernel", arch, "*fp32") in found
+        assert all((kernel, arch, "*bf16") in found for kernel in SMALL)
 
 
 def test_nothing_spills(compiled):
@@ -54,7 +57,7 @@ def test_products_run_on_the_tensor_cores_of_the_architecture(compiled):
         if row["kernel"] in PLAIN:
             assert not row["tensor_core"]
         else:
-            assert INSTRUCTION[row["arch"]] in row["tensor_core"], row
+            assert INSTRUCTION[80 if row["kernel"] in SMALL else row["arch"]] in row["tensor_core"], row
 
 
 def test_a_block_fits_the_shared_memory(compiled):

@@ -8,6 +8,7 @@ from kernel_cases import DTYPES, assert_as_good_as, least_eigenvalue, truncation
 from gfwsvd_kernels import (
     Factors,
     LowRankGroup,
+    decode,
     gram,
     gram_accumulate,
     lowrank_linear,
@@ -241,14 +242,55 @@ def large_group(name: str, dtype: torch.dtype, pivoted: bool) -> tuple[list[Fact
 
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("pivoted", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 2, 48, 300])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, 16, 48, 300])
 def test_a_group_of_a_real_model_agrees_with_float64(name, pivoted, num_tokens):
     projections, activation = large_group(name, torch.bfloat16, pivoted)
     group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.bfloat16)
     assert_as_good_as(by_torch(x, projections, activation), group(x), oracle(x, projections, activation))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 48])
+# (rank, D_OUT, pivoted, with bias) of each projection, activation; several programs and steps, odd ranks and widths
+FEW = {
+    "one": ([(43, 97, False, False)], None),
+    "wide": ([(300, 5001, False, True)], None),
+    "tall": ([(4099, 70, False, False)], None),
+    "pivots_alone": ([(12, 12, True, True)], None),
+    "mixed": ([(1003, 1530, True, True), (65, 301, False, False), (7, 64, True, True)], None),
+    "gate_up": ([(277, 1111, False, True), (1030, 1111, False, False)], "silu_mul"),
+    "pivoted_gate_up": ([(277, 1111, True, True), (611, 1111, True, False)], "silu_mul"),
+    "mixed_gate_up": ([(77, 333, False, False), (211, 333, True, False)], "silu_mul"),
+}
+
+
+@pytest.fixture
+def few_alone(monkeypatch):
+    """No other way through a group is open."""
+    for name in ("skinny", "matmuls"):
+        monkeypatch.delattr(decode, name)
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_in", [8, 1096])
+def test_a_few_tokens_on_tensor_cores_agree_with_float64_and_repeat_bit_for_bit(few_alone, case, dtype, d_in):
+    sizes, activation = FEW[case]
+    projections = [factors(d_in, *one, dtype=dtype) for one in sizes]
+    group = LowRankGroup(projections, activation=activation)
+    for num_tokens in (8, 3, 5, 4):
+        x = normal(num_tokens, 2 * d_in, dtype=dtype)[:, :d_in]
+        y = group(x)
+        assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
+        assert all(torch.equal(y, group(x)) for _ in range(3))
+
+
+def test_tokens_at_an_odd_address_are_matrix_products(monkeypatch):
+    monkeypatch.delattr(decode, "few")
+    projections = [factors(64, 24, 96, True, True, dtype=torch.bfloat16)]
+    x = normal(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64)
+    assert_as_good_as(by_torch(x, projections, None), LowRankGroup(projections)(x), oracle(x, projections, None))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 48])
 def test_a_graph_replays_a_group_on_new_inputs(num_tokens):
     projections, activation = large_group("qkv", torch.bfloat16, True)
     group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.bfloat16)
@@ -263,9 +305,10 @@ def test_a_graph_replays_a_group_on_new_inputs(num_tokens):
         assert_as_good_as(by_torch(x, projections, activation), y, oracle(x, projections, activation))
 
 
-def test_a_deterministic_group_repeats_bit_for_bit():
+@pytest.mark.parametrize("num_tokens", [2, 4, 48])
+def test_a_deterministic_group_repeats_bit_for_bit(num_tokens):
     projections, activation = large_group("gate_up", torch.float16, False)
-    group, x = LowRankGroup(projections, activation=activation), normal(4, 4096, dtype=torch.float16)
+    group, x = LowRankGroup(projections, activation=activation), normal(num_tokens, 4096, dtype=torch.float16)
     torch.use_deterministic_algorithms(True)
     try:
         first = group(x)

@@ -104,12 +104,21 @@ def test_nothing_outside_of_the_buffers_is_read_or_written(launcher):
     assert all(guard[:16].isnan().all() and guard[-16:].isnan().all() for guard in guards)
 
 
+def watched(monkeypatch) -> list[str]:
+    """The names of the launchers that are asked from now on."""
+    asked: list[str] = []
+    for name in ("skinny", "few", "matmuls"):
+
+        def launch(x, operands, layout, *, target=None, name=name):
+            asked.append(name)
+            return x.new_empty(len(x), layout.out_width)
+
+        monkeypatch.setattr(decode, name, launch)
+    return asked
+
+
 def test_the_number_of_tokens_decides_the_launch(monkeypatch):
-    asked = []
-    for name in ("skinny", "matmuls"):
-        monkeypatch.setattr(
-            decode, name, lambda x, *args, name=name, **_: asked.append(name) or x.new_empty(len(x), 33)
-        )
+    asked = watched(monkeypatch)
     projections, _ = group_of("one", torch.float32)
     group = LowRankGroup(projections)
     buffers = (*group.operands, group.layout.sizes, False)
@@ -117,6 +126,39 @@ def test_the_number_of_tokens_decides_the_launch(monkeypatch):
         decode.lowrank_group(inputs(projections, num_tokens), *buffers)
     assert asked == ["skinny", "skinny", "matmuls"]
     assert decode.lowrank_group(inputs(projections, 2, 0), *buffers).shape == (2, 0, 33)
+
+
+@pytest.mark.parametrize(
+    "case, dtype, num_tokens, expected",
+    [
+        ("one", torch.bfloat16, 2, "skinny"),
+        ("one", torch.bfloat16, 3, "few"),
+        ("one", torch.float16, 8, "few"),
+        ("one", torch.bfloat16, 9, "matmuls"),
+        ("one", torch.float32, 3, "matmuls"),
+        ("rank_one", torch.bfloat16, 3, "matmuls"),  # of 9 inputs
+    ],
+)
+def test_up_to_eight_tokens_in_half_precision_go_to_tensor_cores(monkeypatch, case, dtype, num_tokens, expected):
+    asked = watched(monkeypatch)
+    projections, _ = group_of(case, dtype, "cpu")
+    group = LowRankGroup(projections).to("meta")
+    x = torch.empty(num_tokens, group.d_in, dtype=dtype, device="meta")
+    decode.group(x, group.operands, group.layout)
+    assert asked == [expected]
+
+
+def test_tensor_cores_get_neither_whole_numbers_nor_rows_off_16_bytes_nor_a_cpu(monkeypatch):
+    asked = watched(monkeypatch)
+    projections, _ = group_of("one", torch.float16, "cpu")
+    group = LowRankGroup(projections)
+    x = torch.empty(4, group.d_in, dtype=torch.float16)
+    decode.group(x, group.operands, group.layout)
+    group, x = group.to("meta"), torch.empty(4 * group.d_in + 1, dtype=torch.float16, device="meta")
+    decode.group(x[1:].view(4, -1), group.operands, group.layout)
+    whole = LowRankGroup([in_whole_numbers(projection) for projection in projections]).to("meta")
+    decode.group(x[:-1].view(4, -1), whole.operands, whole.layout)
+    assert asked == ["matmuls"] * 3
 
 
 def test_leading_dimensions_are_kept_and_no_tokens_give_no_outputs():
