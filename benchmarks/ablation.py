@@ -56,12 +56,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "gfwsvd, global, pivoted": {"method": "gfwsvd", **_PIVOTED},
     "kfac + 2 rounds": {"method": "kfac", **_PIVOTED, "rounds": 2},
     "gfwsvd + 2 rounds": {"method": "gfwsvd", **_PIVOTED, "rounds": 2},
-    "kfac + gains": {"method": "kfac", **_PIVOTED, "gains": 20},
-    "gfwsvd + gains": {"method": "gfwsvd", **_PIVOTED, "gains": 20},
-    "kfac + 2 rounds + gains": {"method": "kfac", **_PIVOTED, "rounds": 2, "gains": 20},
-    "gfwsvd + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "rounds": 2, "gains": 20},
+    "kfac + gains": {"method": "kfac", **_PIVOTED, "gains": 8},
+    "gfwsvd + gains": {"method": "gfwsvd", **_PIVOTED, "gains": 8},
+    "kfac + 2 rounds + gains": {"method": "kfac", **_PIVOTED, "rounds": 2, "gains": 8},
+    "gfwsvd + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "rounds": 2, "gains": 8},
     "+ guard": {"method": "gfwsvd", **_PIVOTED, "guard": True},
-    "+ guard + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "guard": True, "rounds": 2, "gains": 20},
+    "+ guard + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "guard": True, "rounds": 2, "gains": 8},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
