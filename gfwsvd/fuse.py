@@ -68,7 +68,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """Prepares a compressed model for decoding, in place: its low-rank layers run as grouped operations.
 
     Projections of one input (`SIBLINGS`: queries, keys and values, gate and up) share a call, every other low-rank
-    layer has one of its own; on a GPU a call is two launches for up to eight tokens, in `GraphDecoder` best. For longer
+    layer has one of its own; on a GPU a call is two launches for up to 16 tokens, in `GraphDecoder` best. For longer
     batches and prompts it is no faster than two matrix products a layer, and on a CPU it is slower than the layers as
     they were. Dense layers stay, and so do factors in four bits, which no kernel reads; those in eight bits are read as
     they are. Outputs are equal up to rounding.

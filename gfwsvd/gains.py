@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import num_tokens
+from .batches import num_rows, num_tokens, split_rows
 from .errors import GfwsvdError
 from .joint import See, first_tokens, measured, placed
 from .layers import LowRankLinear
@@ -84,16 +84,21 @@ def fitted_gains(
     Args:
         linears: the dense layers, which are in the model.
         layers: low-rank ones, as two factors, for their places.
-        batches: at least two; in a job of several processes the same in all, which share them. The last ones are held
-            out, and what does not lower their loss is not done.
+        batches: at least two, or without a `loss` one of several sequences; in a job of several processes the same in
+            all, which share them. The last ones are held out, and what does not lower their loss is not done.
         curvatures: `half_curvature` of each of the layers.
         loss: by default the divergence of the model's predictions from those of the dense one.
 
     Raises:
-        GfwsvdError: for a single batch, and when the loss is NaN or inf.
+        GfwsvdError: for too few batches, and when the loss is NaN or inf.
     """
+    if len(batches) == 1 and loss is None:
+        batches = split_rows(batches, -(-num_rows(batches[0]) // 2))
     if len(batches) < 2:
-        raise GfwsvdError("gains are fitted on some batches and judged by others: expected at least 2, got 1")
+        raise GfwsvdError(
+            "gains are fitted on some text and judged by other: expected at least 2 batches, or 2 sequences unless the "
+            "loss is one of your own, got 1: give more text, or no gains"
+        )
     heldout = first_tokens(batches[::-1], HELDOUT_TOKENS)[: len(batches) // 2]
     parts = _parts(batches[: len(batches) - len(heldout)])
     loss = loss or divergence(lambda model: placed(model, linears))

@@ -179,6 +179,14 @@ def test_each_step_is_on_further_text_and_the_end_is_held_out():
     assert fitted_on == [0, 1, 2, 3, 4, 5, 6, 7, 8] + [0, 1, 2, 3], "what is left over goes to the last part"
 
 
+def test_one_batch_is_halved_into_what_is_fitted_to_and_what_is_held_out(statistics):
+    both = [
+        compress(tiny_model("llama"), given, keep=0.3, statistics=statistics, gains=2).gain_losses
+        for given in (BATCHES[:1], [{"input_ids": half} for half in BATCHES[0]["input_ids"].split(2)])
+    ]
+    assert both[0] == both[1] and len(both[0]) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,7 +194,11 @@ def test_each_step_is_on_further_text_and_the_end_is_held_out():
         ({"gains": 1.5}, "gains must be a whole number"),
         ({"gains": 1, "method": "svd_llm"}, "those of method svd_llm do not: leave them out"),
         ({"gains": 1, "batches": None}, "rounds and gains measure the loss of the compressed model on batches"),
-        ({"gains": 1, "batches": BATCHES[:1]}, "expected at least 2, got 1"),
+        (
+            {"gains": 1, "batches": [{"input_ids": random_tokens(1, 12)}]},
+            "at least 2 batches, or 2 sequences .*, got 1",
+        ),
+        ({"gains": 1, "batches": BATCHES[:1], "loss": LOSS}, "at least 2 batches, .* one of your own, got 1"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_the_model(statistics, options, message):

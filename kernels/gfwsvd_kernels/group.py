@@ -45,7 +45,7 @@ class LowRankGroup(nn.Module):
     x, everything else is summed in float32.
 
     On a GPU one or two tokens take two launches that read every weight once and overlap, and a third one for an
-    activation of pivoted projections; up to eight tokens in half precision, where D_IN is a multiple of 8, take two
+    activation of pivoted projections; up to 16 tokens in half precision, where D_IN is a multiple of 8, take two
     launches on tensor cores; more tokens take matrix products. Results repeat bit for bit. Calls can be
     captured in a CUDA graph and traced by `torch.compile`. The buffers are laid out for the kernels (`layout.py`), are
     no part of a state dict, and have no gradient.

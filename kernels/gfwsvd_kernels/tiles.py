@@ -233,6 +233,11 @@ FEW: dict[int, dict[str, tuple[Few, Few]]] = {
         "up": (Few(16, 8, 1, 4), Few(32, 2, 2, 8)),
         "silu_mul": (Few(32, 4, 2, 4),) * 2,
     },
+    16: {
+        "down": (Few(16, 4, 1, 6), Few(32, 2, 2, 8)),
+        "up": (Few(16, 8, 1, 3), Few(32, 2, 2, 8)),
+        "silu_mul": (Few(32, 4, 2, 4),) * 2,
+    },
 }
 FEW_ROWS = 30  # so that programs of 16 rows, of which two fit an SM, run all at once
 FEW_TOKENS = max(FEW)

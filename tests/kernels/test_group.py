@@ -134,7 +134,8 @@ def test_the_number_of_tokens_decides_the_launch(monkeypatch):
         ("one", torch.bfloat16, 2, "skinny"),
         ("one", torch.bfloat16, 3, "few"),
         ("one", torch.float16, 8, "few"),
-        ("one", torch.bfloat16, 9, "matmuls"),
+        ("one", torch.bfloat16, 9, "few"),
+        ("one", torch.bfloat16, 17, "matmuls"),
         ("one", torch.float32, 3, "matmuls"),
         ("rank_one", torch.bfloat16, 3, "matmuls"),  # of 9 inputs
     ],
