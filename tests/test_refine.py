@@ -92,7 +92,8 @@ def test_the_ranks_of_the_lowest_loss_are_taken_within_the_same_size(statistics,
     assert all(layer.loss_scale > 0 for layer in report.layers) and before.layers[0].loss_scale is None
 
 
-def test_a_model_is_itself_again_after_a_loss_that_is_nan(statistics):
+@pytest.mark.parametrize("steps", ["rounds", "gains"])
+def test_a_model_is_itself_again_after_a_loss_that_is_nan(statistics, steps):
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -101,7 +102,7 @@ def test_a_model_is_itself_again_after_a_loss_that_is_nan(statistics):
         return LOSS(model, batch) * (math.nan if low_rank else 1)
 
     with pytest.raises(GfwsvdError, match=r"loss of the compressed model is NaN or inf \(4 sequences\)"):
-        compress(model, BATCHES, keep=0.5, statistics=statistics, loss=loss, rounds=1)
+        compress(model, BATCHES, keep=0.5, statistics=statistics, loss=loss, **{steps: 1})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(type(module) is torch.nn.Linear for module in find_linears(model).values())
     assert all(parameter.requires_grad for parameter in model.parameters())
