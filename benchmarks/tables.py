@@ -1,11 +1,12 @@
-"""What was measured, as a Markdown table, a roofline picture, and the table of kernels in the README.
+"""What was measured, as a Markdown table, a roofline picture, and the tables of kernels and generation in the README.
 
     python -m benchmarks.tables FILE --markdown kernels.md --roofline roofline.png
-    python -m benchmarks.tables benchmarks/results/kernels-*.jsonl --readme README.md
+    python -m benchmarks.tables benchmarks/results/{kernels,serving}-*.jsonl --readme README.md
 
 Of several rows on the same problem the last one counts. The picture has each operator's TFLOP/s over its operations
 per byte, under the copy bandwidth and the matrix products that the same run measured; it shows the last run. The README
-has ours in bfloat16 on the headline cases of each operator, measured on a GPU, and says so where there are none.
+has ours in bfloat16 on the headline cases of each operator, measured on a GPU, and says so where there are none; and
+the generation that `benchmarks.serve` measured on a GPU.
 """
 
 import argparse
@@ -14,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import record, serving_table
 from benchmarks.registry import OPS
 from benchmarks.run import HEADINGS, OK, cells, digits
 
 KEY = ("gpu", "machine", "op", "shape", "dtype", "provider")  # of a problem and who solved it where
 COLUMNS = HEADINGS[1:]  # the operator is the title of its table
-BEGIN, END = "<!-- kernels: python -m benchmarks.tables writes this -->", "<!-- /kernels -->"
 UNMEASURED = (
     "No GPU figure has been measured yet: the kernels are checked in an interpreter and by compiling them ahead of\n"
     "time, and `make gpu` will measure them."
@@ -29,7 +29,7 @@ UNMEASURED = (
 
 def latest(*paths: Path) -> list[dict[str, Any]]:
     """The last row of every provider on every problem, in the order in which they came first."""
-    rows = [row for path in paths for row in record.read(path) if row["benchmark"] == "kernels"]
+    rows = [row for path in paths for row in record.read(path) if row.get("benchmark") == "kernels"]
     rows.sort(key=lambda row: row["date"])
     return list({tuple(row[key] for key in KEY): row for row in rows}.values())
 
@@ -83,13 +83,22 @@ def readme_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(_line(line) for line in (headings, ["---"] * len(headings), *lines))
 
 
-def with_table(readme: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The text of a README with what was measured between its two marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the README must have a line {BEGIN} and after it a line {END}")
-    return f"{before}{BEGIN}\n\n{readme_table(rows)}\n\n{END}{after}"
+def marks(what: str) -> tuple[str, str]:
+    """The lines of a README between which a table stands."""
+    return f"<!-- {what}: python -m benchmarks.tables writes this -->", f"<!-- /{what} -->"
+
+
+def with_tables(readme: str, *paths: Path) -> str:
+    """The text of a README with what was measured between its marks."""
+    rows = [row for path in paths for row in record.read(path)]
+    for what, table in {"kernels": readme_table(latest(*paths)), "generation": serving_table.table(rows)}.items():
+        first, last = marks(what)
+        before, begin, rest = readme.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            raise SystemExit(f"the README must have a line {first} and after it a line {last}")
+        readme = f"{before}{first}\n\n{table}\n\n{last}{after}"
+    return readme
 
 
 def roofline(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -134,19 +143,21 @@ def roofline(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON lines of benchmarks.run; patterns may match none")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON lines of benchmarks; patterns may match none")
     parser.add_argument("--markdown", type=Path, help="file to write; default: standard output")
     parser.add_argument("--roofline", type=Path, help="picture to draw (needs matplotlib)")
-    parser.add_argument("--readme", type=Path, help="file to write the headline cases into, and nothing else")
+    parser.add_argument(
+        "--readme", type=Path, help="file to write the headline cases and generation into, and nothing else"
+    )
     arguments = parser.parse_args(argv)
     paths = [path for pattern in arguments.results for path in _files(pattern)]
     if missing := [str(path) for path in paths if not path.exists()]:
         parser.error(f"{', '.join(missing)} does not exist: benchmarks.run writes it")
-    rows = latest(*paths)
     if arguments.readme:
         text = arguments.readme.read_text(encoding="utf-8")
-        arguments.readme.write_text(with_table(text, rows), encoding="utf-8")
+        arguments.readme.write_text(with_tables(text, *paths), encoding="utf-8")
         return 0
+    rows = latest(*paths)
     if not rows:
         parser.error(f"{', '.join(map(str, arguments.results))}: no rows of benchmarks.run")
     if arguments.markdown:

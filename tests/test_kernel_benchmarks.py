@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import measure, record, run, tables
+from benchmarks import measure, record, run, serving_table, tables
 from benchmarks.gate import Gate
 from benchmarks.measure import ceilings as measured_ceilings
 from benchmarks.providers import Provider, plain
@@ -328,8 +328,36 @@ def test_the_table_and_the_picture_show_the_last_of_several_rows(everything, tmp
 
 def test_the_readme_has_the_figures_of_the_committed_results_and_no_others():
     readme = (ROOT / "README.md").read_text()
-    results = sorted((ROOT / "benchmarks/results").glob("kernels-*.jsonl"))
-    assert tables.with_table(readme, tables.latest(*results)) == readme
+    folder = ROOT / "benchmarks/results"
+    results = [path for what in ("kernels", "serving") for path in sorted(folder.glob(f"{what}-*.jsonl"))]
+    assert tables.with_tables(readme, *results) == readme
+
+
+def test_generation_is_beside_the_dense_model_of_the_same_run_and_of_the_last_one(tmp_path):
+    about = {
+        "benchmark": "serve",
+        "model": "m",
+        "gpu": "NVIDIA H200",
+        "driver": "5",
+        "torch": "2",
+        "first_token_s": 0.05,
+    }
+    old, new = about | {"date": "2026-01-01", "commit": "old"}, about | {"date": "2026-01-02", "commit": "new"}
+    rows = [
+        old | {"engine": "fused", "keep": 0.8, "batch": 1, "decode_tokens_s": 120.0},
+        old | {"engine": "dense", "keep": 1.0, "batch": 1, "decode_tokens_s": 100.0},
+        old | {"engine": "naive", "keep": 0.8, "batch": 1, "decode_tokens_s": 90.0},
+        new | {"engine": "dense", "keep": 1.0, "batch": 1, "decode_tokens_s": 200.0},
+        new | {"engine": "fused", "keep": 0.8, "batch": 1, "decode_tokens_s": 250.0},
+        new | {"engine": "fused", "keep": 0.8, "batch": 2, "decode_tokens_s": 999.0, "gpu": None},
+    ]
+    table = [line.split(" | ")[:6] for line in serving_table.table(rows).splitlines()[2:]]
+    assert table == [
+        ["| dense", "", "1", "200", "1.00", "50"],
+        ["| two products a layer", "0.8", "1", "90", "0.90", "50"],
+        ["| `gfwsvd.fuse`, pivoted", "0.8", "1", "250", "1.25", "50"],
+    ]
+    assert serving_table.table(rows[-1:]) == serving_table.UNMEASURED
 
 
 def test_the_readme_takes_ours_on_the_headline_cases_from_gpus_only(everything, tmp_path):
@@ -343,10 +371,11 @@ def test_the_readme_takes_ours_on_the_headline_cases_from_gpus_only(everything, 
     ):
         record.append(tmp_path / f"kernels-{number}.jsonl", row | {"date": "2026-01-03"} | changes)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    (begin, end), generation = tables.marks("kernels"), "\n".join(tables.marks("generation"))
+    readme.write_text(f"{generation}\nbefore\n{begin}\nold\n{end}\nafter\n")
     assert tables.main([str(tmp_path / "kernels-*.jsonl"), "--readme", str(readme)]) == 0
     lines = readme.read_text().splitlines()
-    assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", tables.BEGIN, tables.END, "after"]
+    assert lines[-2:] == [end, "after"] and lines[lines.index("before") + 1] == begin
     (line,) = [line for line in lines if line.startswith("| `")]
     measured = "NVIDIA H200, 2026-01-02, abc123"
     assert line == f"| `{op}` | {case.label} | 222 | 50% | 1.75x mm | {measured} |"
@@ -354,7 +383,7 @@ def test_the_readme_takes_ours_on_the_headline_cases_from_gpus_only(everything, 
     assert tables.main([str(tmp_path / "none-*.jsonl"), "--readme", str(readme)]) == 0
     assert tables.UNMEASURED in readme.read_text() and "222" not in readme.read_text()
     with pytest.raises(SystemExit, match="the README must have a line"):
-        tables.with_table("no marks", [])
+        tables.with_tables("no marks")
     with pytest.raises(SystemExit, match="2"):
         tables.main([str(tmp_path / "missing.jsonl"), "--readme", str(readme)])
 
