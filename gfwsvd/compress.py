@@ -175,8 +175,8 @@ def compress(
             track=track,
         )
     fitted = Fitted({}, [])
-    if gains:
-        low_rank = plain(found.ranks)
+    low_rank = plain(found.ranks) if gains else {}
+    if low_rank:
         fitted = fitted_gains(
             model,
             linears,
@@ -188,7 +188,7 @@ def compress(
             track=track,
         )
         form["factors"] = {name: with_gains(given, fitted.gains.get(name)) for name, given in factors.items()}
-        del low_rank  # before the last ones are built
+    del low_rank  # before the last ones are built
     layers = build_layers(linears, statistics, row, ranks=found.ranks, bits=bits, **form)
     before = model_size(model)
     for name, (layer, _) in layers.items():

@@ -178,6 +178,11 @@ def test_each_step_is_on_further_text_and_the_end_is_held_out():
     assert fitted_on == [0, 1, 2, 3, 4, 5, 6, 7, 8] + [0, 1, 2, 3], "what is left over goes to the last part"
 
 
+def test_a_model_that_stays_dense_has_no_gains(statistics):
+    report = compress(tiny_model("llama"), BATCHES, keep=1.0, statistics=statistics, gains=1)
+    assert report.gain_losses == [] and all(layer.kind == "dense" and layer.gain is None for layer in report.layers)
+
+
 def test_one_batch_is_halved_into_what_is_fitted_to_and_what_is_held_out(statistics):
     both = [
         compress(tiny_model("llama"), given, keep=0.3, statistics=statistics, gains=2).gain_losses
