@@ -92,8 +92,9 @@ def compress(
             of `guard.CHOICES` costs least there: both metrics, both shrunk, the input's alone, or none.
         statistics: of an earlier `calibrate` of this model, in place of the arguments from `unit` to `loss`.
         unit, labels, sweeps, clip, seed, exclude, loss, device_memory, host_memory: see `calibrate`.
-        work: of `open_work` with `about_work` of these arguments: each layer solved is kept there, and taken from
-            there by a later call. Factors are then on disk, up to 8 bytes for each weight, and not in memory.
+        work: of `open_work` with `about_work` of these arguments: each layer solved, and gains after each step, are
+            kept there, and taken from there by a later call. Factors are then on disk, up to 8 bytes for each weight,
+            and not in memory.
         track: wraps long loops to show progress.
 
     Raises:
@@ -185,6 +186,7 @@ def compress(
             steps=gains,
             curvatures=curvatures(low_rank, statistics, row),
             loss=loss,
+            work=work,
             track=track,
         )
         form["factors"] = {name: with_gains(given, fitted.gains.get(name)) for name, given in factors.items()}

@@ -11,7 +11,8 @@ until the loss of held-out batches falls.
 Gains are multiplied into the factors: they take no memory and no time.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import num_rows, num_tokens, split_rows
+from .calibration import data_sha256
 from .errors import GfwsvdError
 from .joint import See, first_tokens, measured, placed
 from .layers import LowRankLinear
 from .losses import Batch, Loss, divergence
 from .methods import Method
 from .metrics import Metric, diagonal, multiply
+from .ranked import rank, shared_errors
 from .track import Track
+from .work import Work
 
 STEP_TOKENS = 4096  # of a step, at least, where the batches hold so many
 HELDOUT_TOKENS = 4096  # at the end of the batches, likewise
@@ -76,6 +80,7 @@ def fitted_gains(
     steps: int,
     curvatures: Mapping[str, Tensor],
     loss: Loss | None = None,
+    work: Work | None = None,
     track: Track[Any],
 ) -> Fitted:
     """Fits gains in `steps`, each on further batches, after the last ones on the first again. `model` has its own
@@ -88,9 +93,10 @@ def fitted_gains(
             all, which share them. The last ones are held out, and what does not lower their loss is not done.
         curvatures: `half_curvature` of each of the layers.
         loss: by default the divergence of the model's predictions from those of the dense one.
+        work: where the gains are kept after each step; a later call of the same arguments goes on from there.
 
     Raises:
-        GfwsvdError: for too few batches, and when the loss is NaN or inf.
+        GfwsvdError: for too few batches, when the loss is NaN or inf, and see `work.Work`.
     """
     if len(batches) == 1 and loss is None:
         batches = split_rows(batches, -(-num_rows(batches[0]) // 2))
@@ -101,37 +107,84 @@ def fitted_gains(
         )
     heldout = first_tokens(batches[::-1], HELDOUT_TOKENS)[: len(batches) // 2]
     parts = _parts(batches[: len(batches) - len(heldout)])
+    kept = None if work is None else _Kept(work, layers, batches, steps)
     loss = loss or divergence(lambda model: placed(model, linears))
     ups = {name: layer.up.detach().clone() for name, layer in layers.items()}
-    gains = {name: torch.ones(len(up), dtype=torch.float64, device=up.device) for name, up in ups.items()}
 
-    def place(found: Mapping[str, Tensor]) -> None:
+    def place(gains: Mapping[str, Tensor]) -> None:
         for name, layer in layers.items():
-            layer.up.data.copy_(found[name][:, None] * ups[name])
+            layer.up.data.copy_(gains[name][:, None] * ups[name])
 
-    def judge(found: Mapping[str, Tensor], title: str) -> float:
-        place(found)
+    def judge(gains: Mapping[str, Tensor], title: str) -> float:
+        place(gains)
         return measured(model, layers, heldout, loss, title=title, track=track)[0]
 
-    losses, rate, velocity = [judge(gains, f"loss before {steps} steps of gains")], FIRST_RATE, None
-    for number in range(steps):
+    now = None if kept is None else kept.load()
+    if now is None:
+        ones = {name: torch.ones(len(up), dtype=torch.float64, device=up.device) for name, up in ups.items()}
+        now = _State(ones, None, [judge(ones, f"loss before {steps} steps of gains")], FIRST_RATE)
+    place(now.gains)
+    for number in range(len(now.losses) - 1, steps):
         title = f"gains, step {number + 1} of {steps}"
         part = parts[number % len(parts)]
         _, slopes = measured(model, layers, part, loss, see=output_slopes(layers), title=title, track=track)
-        newton = _newton(slopes, curvatures, gains, tokens=sum(map(num_tokens, part)))
-        step = newton if velocity is None else {name: newton[name] + MOMENTUM * velocity[name] for name in newton}
-        velocity = None
-        for _ in range(TRIES):
-            found = {name: gain * (1 + rate * step[name]) for name, gain in gains.items()}
-            fallen = (now := judge(found, f"{title}, {rate:.2g} of it")) < losses[-1]
-            rate *= FASTER if fallen else SLOWER
-            if fallen:
-                gains, velocity = found, step
-                break
-            step = newton
-        losses.append(min(now, losses[-1]))
-        place(gains)
-    return Fitted(gains, losses)
+        newton = _newton(slopes, curvatures, now.gains, tokens=sum(map(num_tokens, part)))
+        now = _stepped(now, newton, judge, title)
+        place(now.gains)
+        if kept is not None:
+            kept.save(now)
+    return Fitted(now.gains, now.losses)
+
+
+class _State(NamedTuple):
+    """After some steps: the gains, the last step if the loss fell, all losses, and the next share."""
+
+    gains: dict[str, Tensor]
+    velocity: dict[str, Tensor] | None
+    losses: list[float]
+    rate: float
+
+
+def _stepped(
+    now: _State, newton: dict[str, Tensor], judge: Callable[[Mapping[str, Tensor], str], float], title: str
+) -> _State:
+    """The state after a share of a step by which the loss falls, or the same gains where it does not."""
+    gains, velocity, losses, rate = now
+    step = newton if velocity is None else {name: newton[name] + MOMENTUM * velocity[name] for name in newton}
+    for _ in range(TRIES):
+        found = {name: gain * (1 + rate * step[name]) for name, gain in gains.items()}
+        if (loss := judge(found, f"{title}, {rate:.2g} of it")) < losses[-1]:
+            return _State(found, step, [*losses, loss], rate * FASTER)
+        step, rate = newton, rate * SLOWER
+    return _State(gains, None, [*losses, losses[-1]], rate)
+
+
+class _Kept:
+    """The last state on disk, so that an interrupted fit goes on after its last step."""
+
+    def __init__(self, work: Work, layers: Mapping[str, LowRankLinear], batches: Sequence[Batch], steps: int) -> None:
+        about = {name: layer.rank for name, layer in layers.items()}, data_sha256(batches), steps
+        self.work, self.layers = work, layers
+        self.name = f"gains-{hashlib.sha256(repr(about).encode()).hexdigest()}"
+
+    def load(self) -> _State | None:
+        if (found := self.work.load(self.name)) is None:
+            return None
+        tensors, values = found
+        of_both = [
+            {name: tensors[f"{what} {name}"].to(layer.up.device) for name, layer in self.layers.items()}
+            for what in ("gains", "velocity")
+            if f"{what} {next(iter(self.layers))}" in tensors
+        ]
+        return _State(of_both[0], of_both[1] if len(of_both) > 1 else None, values["losses"], values["rate"])
+
+    def save(self, state: _State) -> None:
+        """All ranks of a job have the same state; rank 0 writes it."""
+        tensors = {f"gains {name}": value for name, value in state.gains.items()}
+        tensors |= {f"velocity {name}": value for name, value in (state.velocity or {}).items()}
+        with shared_errors():
+            if rank() == 0:
+                self.work.save(self.name, tensors, {"losses": state.losses, "rate": state.rate})
 
 
 def output_slopes(layers: Mapping[str, LowRankLinear]) -> See:

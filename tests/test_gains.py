@@ -1,6 +1,7 @@
 """Gains of outputs: slopes and curvatures against float64, only what lowers the held-out loss, folded into factors."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gfwsvd.joint import measured, placed
 from gfwsvd.layers import LowRankLinear, find_linears
 from gfwsvd.losses import divergence, next_token_loss
 from gfwsvd.metrics import objective
+from gfwsvd.work import open_work
 from tiny_models import cut, random_tokens, tiny_model
 
 BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]
@@ -176,6 +178,34 @@ def test_each_step_is_on_further_text_and_the_end_is_held_out():
     assert {number for number, grad in seen if not grad} == set(range(11 - held_out, 11))
     fitted_on = [number for number, grad in seen if grad]
     assert fitted_on == [0, 1, 2, 3, 4, 5, 6, 7, 8] + [0, 1, 2, 3], "what is left over goes to the last part"
+
+
+def test_gains_that_were_interrupted_go_on_after_their_last_step_to_the_same_bits(tmp_path):
+    model = tiny_model("llama")
+    linears = find_linears(model)
+    curvatures = {name: torch.ones(len(layer.up)) for name, layer in cut(model, 8).items()}
+    fit = partial(fitted_gains, model, linears, batches=BATCHES, steps=4, curvatures=curvatures)
+    whole, layers = cut(model, 8), cut(model, 8)
+    expected = fit(whole, track=silent)
+    titles = []
+
+    def until_the_third(items, title):
+        titles.append(title)
+        if title.startswith("gains, step 3 of 4,"):
+            raise KeyboardInterrupt
+        return items
+
+    with pytest.raises(KeyboardInterrupt), open_work(tmp_path / "work", {}) as work:
+        fit(layers, work=work, track=until_the_third)
+    again = cut(model, 8)
+    with open_work(tmp_path / "work", {}) as work:
+        titles.clear()
+        found = fit(again, work=work, track=lambda items, title: titles.append(title) or items)
+        assert titles[0] == "gains, step 3 of 4"
+        assert fit(cut(model, 8), work=work, track=until_the_third).losses == expected.losses, "nothing is left to do"
+    assert found.losses == expected.losses and found.losses[-1] < found.losses[0]
+    for name, layer in again.items():
+        assert torch.equal(found.gains[name], expected.gains[name]) and torch.equal(layer.up, whole[name].up)
 
 
 def test_a_model_that_stays_dense_has_no_gains(statistics):
