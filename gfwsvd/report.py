@@ -101,6 +101,13 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+_ROUNDS = "Ranks were allocated again {steps} times by the loss of the compressed model: {losses}; those of the lowest were taken."
+_GAINS = (
+    "Gains of outputs were fitted in {steps} steps. The divergence from the dense model, or the loss that was given, on "
+    "held-out text: {losses}."
+)
+
+
 def _report(report: CompressionReport, *, unfolded: bool) -> str:
     losses = (
         "Predicted loss by layer: what the chosen rank costs, in nats per predicted token; the sum is "
@@ -113,8 +120,8 @@ def _report(report: CompressionReport, *, unfolded: bool) -> str:
         f"<p>{_summary(report)}</p>",
         *(f"<p>{count} {_KINDS[kind]}{_text(reason)}.</p>" for (kind, reason), count in reasons.items()),
         _guard(report),
-        _rounds(report.round_losses),
-        _gains(report.gain_losses),
+        _steps(report.round_losses, _ROUNDS),
+        _steps(report.gain_losses, _GAINS),
         _figure(stored_shares(report), "What each layer stores, as a share of its dense weight."),
         _figure(predicted_losses(report), losses),
         _figure(spectra(report), "Singular values of the whitened weights; what lies right of a dot is dropped."),
@@ -166,26 +173,10 @@ def _guard(report: CompressionReport) -> str:
     )
 
 
-def _rounds(losses: Sequence[float]) -> str:
-    """What allocating ranks by the loss of the compressed model brought."""
-    if not losses:
-        return ""
+def _steps(losses: Sequence[float], text: str) -> str:
+    """A `text` on the `losses` before and after each of some `steps`; nothing where there were none."""
     found = ", ".join(_number(loss, ".4f") for loss in losses)
-    return (
-        f"<p>Ranks were allocated again {len(losses) - 1} times by the loss of the compressed model: {found}; those "
-        "of the lowest were taken.</p>"
-    )
-
-
-def _gains(losses: Sequence[float]) -> str:
-    """What gains of outputs brought."""
-    if not losses:
-        return ""
-    found = ", ".join(_number(loss, ".4f") for loss in losses)
-    return (
-        f"<p>Gains of outputs were fitted in {len(losses) - 1} steps. The divergence from the dense model, or the loss "
-        f"that was given, on held-out text: {found}.</p>"
-    )
+    return f"<p>{text.format(steps=len(losses) - 1, losses=found)}</p>" if losses else ""
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
