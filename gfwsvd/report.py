@@ -101,10 +101,13 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-_ROUNDS = "Ranks were allocated again {steps} times by the loss of the compressed model: {losses}; those of the lowest were taken."
+_ROUNDS = (
+    "Ranks were allocated again {steps} times by the loss of the compressed model: {losses}; "
+    "those of the lowest were taken."
+)
 _GAINS = (
-    "Gains of outputs were fitted in {steps} steps. The divergence from the dense model, or the loss that was given, on "
-    "held-out text: {losses}."
+    "Gains of outputs were fitted in {steps} steps. The divergence from the dense model, or the loss that was given, "
+    "on held-out text: {losses}."
 )
 
 
