@@ -1,6 +1,7 @@
-"""Decoding with a static cache, each step a replay of one CUDA graph: at a few tokens a step launches, not memory,
-would otherwise take the time."""
+"""Generation with a static cache, short prompts and each step a replay of one CUDA graph: at few tokens launches, not
+memory or arithmetic, would otherwise take the time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +9,18 @@ from torch import Tensor, nn
 
 from .errors import GfwsvdError
 
+GRAPH_TOKENS = 1024  # of all prompts together, padded, up to which a graph is made: more keep a GPU busy longer than
+# their launches take
+_LEAST = 16  # tokens of the shortest padded prompt
+
 
 class GraphDecoder:
     """Prefill and single-token steps of a causal language model of transformers, dense, compressed or fused.
 
-    On a GPU a step is captured once, here, and replayed; on a CPU it is called. Calls must follow one another on one
-    stream, those of other decoders of a fused model too. The model must not change while the decoder is in use.
+    On a GPU a step is captured once, here, and replayed; so are prompts of up to `GRAPH_TOKENS` tokens in all, padded
+    to a power of two, each size captured when a prompt first needs it, which takes about three passes. On a CPU both
+    are called. Calls must follow one another on one stream, those of other decoders of a fused model too. The model
+    must not change while the decoder is in use.
 
         decoder = GraphDecoder(gfwsvd.fuse(model), batch_size=1, max_length=512)
         tokens = decoder.generate(input_ids, max_new_tokens=100)
@@ -41,16 +48,17 @@ class GraphDecoder:
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self.cache = StaticCache(config, max_cache_len=max_length)
         self.length = 0
-        self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=next(model.parameters()).device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor
-        if self._tokens.is_cuda:
+        self._device = next(model.parameters()).device
+        self._passes: dict[int, _Pass] = {}
+        self._pool: Any = None  # of memory for all graphs, since one runs at a time
+        if self._device.type == "cuda":
             if any(layer.is_sliding for layer in self.cache.layers):
                 raise GfwsvdError(
                     f"{type(model).__name__} has layers with sliding windows, which no graph can replay: expected full "
                     f"attention; use the model's own generate"
                 )
-            self._capture()
+            self._pool = torch.cuda.graph_pool_handle()
+            self._pass_of(1)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -58,18 +66,17 @@ class GraphDecoder:
         if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size:
             raise GfwsvdError(f"expected prompts ({self.batch_size}, S), got {tuple(input_ids.shape)}")
         self._make_room(0, input_ids.shape[1])
+        size = self._padded_size(input_ids.shape[1])
+        if self._device.type == "cuda" and self.batch_size * size <= GRAPH_TOKENS:
+            return self._padded(input_ids, size)
         self.cache.reset()
-        return self._forward(input_ids)
+        return self._forward(input_ids, logits_to_keep=1)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Appends a token to each sequence (B,); logits (B, V) of the one after it, valid until the next step."""
+        """Appends a token to each sequence (B,); logits (B, V) of the one after it, valid until the next call."""
         self._make_room(self.length, 1)
-        self._tokens.copy_(tokens[:, None])
-        if self._graph is None:
-            return self._forward(self._tokens)
-        self._graph.replay()
-        return self._logits
+        return self._pass_of(1)(tokens[:, None])
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
         """Greedy continuations of prompts (B, S), (B, S + N); what follows `eos_token_id` repeats it.
@@ -101,20 +108,70 @@ class GraphDecoder:
             raise GfwsvdError(f"the decoder has room for 1 to {self.max_length} tokens, got {length + more}")
         self.length = length + more
 
-    def _forward(self, input_ids: Tensor) -> Tensor:
-        output: Any = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits[:, -1]
+    def _padded_size(self, length: int) -> int:
+        return min(max(_LEAST, 1 << (length - 1).bit_length()), self.max_length)
+
+    def _padded(self, input_ids: Tensor, size: int) -> Tensor:
+        """`prefill` with what is behind the prompts up to `size` tokens: no token sees it, and steps write over it."""
+        run = self._pass_of(size)
+        self.cache.reset()
+        logits = run(input_ids).clone()
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(input_ids.shape[1])
         return logits
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def _pass_of(self, size: int) -> "_Pass":
+        """The pass over `size` tokens a sequence; making one empties the cache."""
+        if size not in self._passes:
+            tokens = torch.zeros(self.batch_size, size, dtype=torch.int64, device=self._device)
+            self._passes[size] = _Pass(self._forward, tokens, self.cache.reset, pool=self._pool)
+        return self._passes[size]
+
+    def _forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor) -> Tensor:
+        output: Any = self.model(
+            input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class _Pass:
+    """A forward pass over `tokens` (B, S), the last of which may be left out; on a GPU one graph."""
+
+    def __init__(self, forward: Callable[..., Tensor], tokens: Tensor, reset: Callable[[], None], *, pool: Any) -> None:
+        self._forward, self._tokens = forward, tokens
+        self._length = tokens.shape[1]
+        self._last = torch.full((1,), self._length - 1, device=tokens.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor
+        if tokens.is_cuda:
+            self._capture(reset, pool)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of what follows the last of `tokens` (B, at most S), valid until the next call of any pass."""
+        if (length := tokens.shape[1]) != self._length:
+            self._length = length
+            self._last.fill_(length - 1)
+        self._tokens[:, :length].copy_(tokens)
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._logits
+
+    def _run(self) -> Tensor:
+        return self._forward(self._tokens, logits_to_keep=self._last)
+
+    def _capture(self, reset: Callable[[], None], pool: Any) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # twice: the first call may compile and allocate
             for _ in range(2):
-                self._forward(self._tokens)
+                reset()
+                self._run()
         torch.cuda.current_stream().wait_stream(stream)
+        reset()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward(self._tokens)
-        self.cache.reset()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._logits = self._run()
+        reset()

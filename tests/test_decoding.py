@@ -33,6 +33,20 @@ def test_steps_have_the_logits_of_one_pass_over_all_tokens():
     torch.testing.assert_close(torch.stack(found, 1), expected[:, 3:], rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_pads_a_prompt_changes_neither_its_logits_nor_those_of_the_steps_behind_it(kind):
+    _, decoder = _decoder(kind, max_length=24)
+    for length, size in ((10, 16), (3, 16), (17, 24)):  # no longer than the cache; tokens of a longer prompt stay
+        ids = random_tokens(3, length, seed=length)
+        expected = [decoder.prefill(ids), *(decoder.step(IDS[:, i]).clone() for i in range(7))]
+        assert decoder._padded_size(length) == size
+        decoder._make_room(0, length)
+        found = [decoder._padded(ids, size), *(decoder.step(IDS[:, i]).clone() for i in range(7))]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_sequence_that_ended_repeats_its_last_token():
     _, decoder = _decoder()
     free = decoder.generate(IDS, max_new_tokens=12)

@@ -8,7 +8,7 @@ import torch
 from oracles import symmetric
 
 from benchmarks.random_models import random_model
-from gfwsvd import host, passes, ranked
+from gfwsvd import decoding, host, passes, ranked
 from gfwsvd.calibration import calibrate
 from gfwsvd.cli_app import exactly_repeated
 from gfwsvd.compress import compress
@@ -219,13 +219,23 @@ def test_a_fused_model_has_the_logits_of_the_model_as_it_was(storage, dtype):
 def test_replayed_steps_say_the_tokens_of_generation(fused):
     model = tiny_model("llama").cuda()
     compress(model, _batches(), keep=0.7)
+    prompts = [random_tokens(3, length, seed=length).cuda() for length in (10, 7, 19, 10)]  # two padded sizes
+    expected = [
+        model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids))
+        for ids in prompts
+    ]
+    decoder = GraphDecoder(fuse(model) if fused else model, batch_size=3, max_length=40)
+    for ids, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(decoder.generate(ids, max_new_tokens=20), tokens)
+
+
+def test_prompts_too_long_for_a_graph_go_on_without_one(monkeypatch):
+    model = tiny_model("llama").cuda()
     ids = IDS.cuda()
-    expected = model.generate(
-        ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids)
-    )
-    decoder = GraphDecoder(fuse(model) if fused else model, batch_size=3, max_length=32)
-    for _ in range(2):
-        assert torch.equal(decoder.generate(ids, max_new_tokens=20), expected)
+    short, long = (GraphDecoder(model, batch_size=len(ids), max_length=64) for _ in range(2))
+    expected = short.generate(ids, max_new_tokens=12)
+    monkeypatch.setattr(decoding, "GRAPH_TOKENS", 0)
+    assert torch.equal(long.generate(ids, max_new_tokens=12), expected)
 
 
 def test_latency_is_measured_on_the_gpu():
