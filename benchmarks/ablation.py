@@ -61,19 +61,17 @@ STEPS: dict[str, dict[str, Any]] = {
     "kfac + 2 rounds + gains": {"method": "kfac", **_PIVOTED, "rounds": 2, "gains": 8},
     "gfwsvd + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "rounds": 2, "gains": 8},
     "+ guard": {"method": "gfwsvd", **_PIVOTED, "guard": True},
-    "+ guard + 2 rounds + gains": {"method": "gfwsvd", **_PIVOTED, "guard": True, "rounds": 2, "gains": 8},
 }
 _PEERS = ("kfac, global, pivoted", "gfwsvd, global, pivoted")
 _ONE = ("gfwsvd, global, pivoted",)
 _ROUNDS = ("gfwsvd + 2 rounds", "kfac + 2 rounds")
 _BY_LOSS = (
     "gfwsvd + 2 rounds + gains",
+    "kfac + 2 rounds + gains",
     "gfwsvd + gains",
     "gfwsvd + 2 rounds",
-    "kfac + 2 rounds + gains",
     "kfac + gains",
     "kfac + 2 rounds",
-    "+ guard + 2 rounds + gains",
 )
 _EACH = tuple(step for step in STEPS if step not in _BY_LOSS)
 STUDIES = (
@@ -82,7 +80,7 @@ STUDIES = (
     Study("by the loss", 1, _BY_LOSS),
     Study("by the loss, another seed", 1, _BY_LOSS, calibration=(("seed", 1),)),
     Study("frontier", 1, ("svd_llm", "kfac, global, pivoted", "+ guard"), keeps=(0.9, 0.7, 0.5)),
-    Study("frontier, by the loss", 1, ("+ guard + 2 rounds + gains",), keeps=(0.9, 0.7, 0.5)),
+    Study("frontier, by the loss", 1, ("gfwsvd + 2 rounds + gains",), keeps=(0.9, 0.7, 0.5)),
     Study("a quarter of the tokens", 1 / 4, _PEERS),
     Study("another seed", 1 / 4, _PEERS, calibration=(("seed", 1),)),
     Study("a tenth of the tokens", 1 / 10, (*_ONE, "+ guard")),
@@ -170,8 +168,8 @@ def _run(
     done = {(row["step"], row["keep"]) for row in _rows(arguments.results, about | mine)}
     wanted = {
         Run(keep=keep, **STEPS[step]): step
-        for keep in study.keeps
         for step in study.steps
+        for keep in study.keeps
         if (step, keep) not in done and keep in (arguments.keep or study.keeps)
     }
     if not wanted:
