@@ -25,7 +25,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines.append(
             (
                 ENGINES[row["engine"]], "" if row is beside else f"{row['keep']:g}", str(row["batch"]),
-                f"{row['decode_tokens_s']:.0f}", f"{speed:.2f}", f"{1000 * row['first_token_s']:.0f}", where,
+                f"{row['decode_tokens_s']:.0f}", f"{speed:.2f}", f"{1000 * row['first_token_s']:.3g}", where,
             )
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
