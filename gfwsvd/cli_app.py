@@ -20,6 +20,7 @@ from .errors import GfwsvdError
 from .options import DTYPES
 from .outcome import CompressionReport
 from .ranked import joined, rank, shared_errors, world_size
+from .texts import text_name
 from .work import Claim, claimed, remove_work
 
 app = typer.Typer(
@@ -152,6 +153,12 @@ def summary(result: CompressionReport, out: Path) -> dict[str, Any]:
         "predicted_loss": sum(layer.predicted_loss for layer in result.layers) if result.predicts_loss else None,
         "provenance": details["provenance"],
     }
+
+
+def calibrated_on(model: str, text: str, sequences: int, seq_len: int) -> dict[str, Any]:
+    """What results say of the model and the text they are from."""
+    tokens = sequences * seq_len
+    return {"model": model, "text": text_name(text), "sequences": sequences, "seq_len": seq_len, "tokens": tokens}
 
 
 def versions() -> dict[str, str]:

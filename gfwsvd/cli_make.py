@@ -12,6 +12,7 @@ from .calibration import CLIP, about_calibration, calibrate, check_settings
 from .cli_app import (
     app,
     beside,
+    calibrated_on,
     check_dtype,
     exactly_repeated,
     given_options,
@@ -63,7 +64,6 @@ from .ranked import rank, shared_errors
 from .ranks import RANKS, STORAGE, check_keep, check_ranks, check_storage
 from .refine import check_rounds
 from .store import JSON_NAME, load_statistics, save_statistics
-from .texts import text_name
 
 _OF_TEXT = ("text", "sequences", "seq_len", "batch_size", "seed")  # what rounds and gains need of it
 
@@ -126,7 +126,7 @@ def calibrate_command(
         statistics = calibrate(loaded, batches, start=begun, work=claim.open(about), track=bar, **settings)
         with shared_errors():
             if rank() == 0:
-                provenance = _provenance(name, text, sequences, seq_len)
+                provenance = calibrated_on(name, text, sequences, seq_len)
                 save_statistics(statistics, stats, provenance=provenance, overwrite=overwrite)
     summary = {
         "stats": str(stats),
@@ -236,7 +236,7 @@ def compress_command(
         loaded, tokenizer, name = sources.load_model(model, dtype=dtype, **placement(device, memory))
         batches = None
         if text is not None:
-            about_text = _provenance(name, text, sequences, seq_len)
+            about_text = calibrated_on(name, text, sequences, seq_len)
             provenance = about_text if statistics is None else {**provenance, "measured_on": about_text}
             batches = sources.token_batches(
                 sources.load_text(text),
@@ -291,8 +291,3 @@ def _check_no_calibration(context: typer.Context, *, but: Collection[str]) -> No
             f"the statistics of --stats bring their own calibration, got {given} as well: give either --stats DIR or "
             "--text TEXT, and not both"
         )
-
-
-def _provenance(model: str, text: str, sequences: int, seq_len: int) -> dict[str, Any]:
-    tokens = sequences * seq_len
-    return {"model": model, "text": text_name(text), "sequences": sequences, "seq_len": seq_len, "tokens": tokens}

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, sources
+from .batches import num_rows
 from .calibration import data_sha256
 from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
-from .cli_app import app, check_dtype, given_options, kept_work, mendable, resumable
+from .cli_app import app, calibrated_on, check_dtype, given_options, kept_work, mendable, resumable
 from .errors import GfwsvdError
 from .evaluate import about_evaluation, evaluate
 from .folders import check_output_file, locked_folder
@@ -23,6 +24,8 @@ from .options import (
     GLOBAL,
     PIVOTED,
     TEXT_HELP,
+    BatchSize,
+    CalibrationText,
     Device,
     Dtype,
     EvalBatchSize,
@@ -35,6 +38,11 @@ from .options import (
     Model,
     OptionalText,
     RankWays,
+    RowGains,
+    RowRounds,
+    Seed,
+    SeqLen,
+    Sequences,
     Storages,
     Stride,
     TaskFolder,
@@ -142,6 +150,7 @@ def eval_command(
 @app.command("sweep")
 @mendable
 def sweep_command(
+    context: typer.Context,
     model: Model,
     stats: Annotated[Path, typer.Option("--stats", metavar="DIR", help="statistics of gfwsvd calibrate")],
     text: Annotated[str, typer.Option("--text", metavar="TEXT", help=f"evaluation text: {TEXT_HELP}")],
@@ -150,6 +159,13 @@ def sweep_command(
     keep: Keeps = FRONTIER,
     ranks: RankWays = GLOBAL,
     storage: Storages = PIVOTED,
+    rounds: RowRounds = 0,
+    gains: RowGains = 0,
+    calibration_text: CalibrationText = None,
+    sequences: Sequences = 64,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
     window: Window = 1024,
     limit: Limit = None,
     dtype: Dtype = None,
@@ -160,9 +176,19 @@ def sweep_command(
 
     Every row is written as soon as it is known. The same command again computes only what is missing. While it runs, no
     other sweep writes to the same folder.
+
+    With --rounds or --gains each row that can take them is followed by one with them: gains those of a method that
+    predicts the loss (fwsvd, kfac, gfwsvd), rounds those with global ranks among these. The options from --sequences to
+    --seed belong to --calibration-text; give the text and the options of gfwsvd calibrate.
     """
+    runs = all_runs(method, ranks, keep, storage, rounds=rounds, gains=gains)
+    if (rounds or gains) and calibration_text is None:
+        asked = f"--rounds {rounds}" if rounds else f"--gains {gains}"
+        raise GfwsvdError(f"{asked} measures the loss of compressed models on --calibration-text TEXT: give it as well")
+    of_text = ("calibration_text", "sequences", "seq_len", "batch_size", "seed")
+    if not (rounds or gains) and (given := given_options(context, of_text)):
+        raise GfwsvdError(f"{given} would have no effect without --rounds or --gains: give one of these too")
     statistics, provenance = load_statistics(stats)
-    runs = all_runs(method, ranks, keep, storage)
     check_dtype(dtype)
     check_output_file(out / "report.html")
     with resumable(out / "rows.jsonl"), locked_folder(out):
@@ -178,7 +204,17 @@ def sweep_command(
             "dtype": dtype,
             "gfwsvd": __version__,
         }
-        rows = sweep(loaded, statistics, runs, tokens, rows_file=out / "rows.jsonl", about=about, track=bar)
+        batches = []
+        if calibration_text is not None:
+            sizes = {"sequences": sequences, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+            batches = sources.token_batches(sources.load_text(calibration_text), tokenizer, **sizes)
+            about["measured_on"] = {
+                **calibrated_on(name, calibration_text, sequences, seq_len),
+                "data_sha256": data_sha256(batches),
+                "batches": [num_rows(batch) for batch in batches],
+            }
+        rows_file = out / "rows.jsonl"
+        rows = sweep(loaded, statistics, runs, tokens, rows_file=rows_file, about=about, batches=batches, track=bar)
         from .report import write_report
 
         write_report(out / "report.html", title=f"{name}: quality against size", reports=[], evaluations=rows)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .compress import CompressionReport, LayerReport
+from .sweep import marks
 
 # Drawn in these, then renamed to what the page's style defines: the series, the text and lines, and the grid.
 _SERIES = tuple(f"#0000a{number}" for number in range(8))
@@ -23,6 +24,7 @@ _INK, _GRID = "#0000b0", "#0000b1"
 _CSS = {color: f"var(--series-{number})" for number, color in enumerate(_SERIES)}
 _CSS |= {_INK: "currentColor", _GRID: "var(--grid)"}
 _MARKERS = "osD^vPX*"
+_DASHES: Any = ("-", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -76,25 +78,29 @@ def stored_share(layer: LayerReport) -> float:
 
 
 def perplexity_by_size(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Perplexity against the parameters of the whole model, a line for each method and way to choose ranks; "" when
-    there is nothing to draw."""
+    """Perplexity against the parameters of the whole model, a line for each method, way to choose ranks, and what else
+    rows differ in, as rounds and gains; "" when there is nothing to draw. Colours and markers tell methods, dashes the
+    others; markers of uniform ranks are hollow."""
     sized = [row for row in evaluations if _positive(row.get("perplexity")) and _positive(row.get("model_stored"))]
     dense = [row for row in evaluations if row.get("method") == "dense" and _positive(row.get("perplexity"))]
-    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for row in sized:
         if row.get("method") != "dense":
-            group = (str(row.get("method") or row.get("name")), str(row.get("ranks") or ""))
+            group = (str(row.get("method") or row.get("name")), str(row.get("ranks") or ""), *marks(row))
             groups.setdefault(group, []).append((row["model_stored"] / 1e6, row["perplexity"]))
     if not groups:
         return ""
-    methods = list(dict.fromkeys(method for method, _ in groups))
+    methods = list(dict.fromkeys(method for method, *_ in groups))
+    ways = list(dict.fromkeys(tuple(way) for _, *way in groups))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (method, ranks), points in groups.items():
-            style = _series(methods.index(method), f"{method}, {ranks}" if ranks else method)
-            if ranks == "uniform":
-                style |= {"linestyle": ":", "markerfacecolor": "none"}
+        for (method, *way), points in groups.items():
+            style = _series(methods.index(method), ", ".join(filter(None, (method, *way))))
+            if number := ways.index(tuple(way)):
+                style["linestyle"] = _DASHES[number % len(_DASHES)]
+            if way[0] == "uniform":
+                style["markerfacecolor"] = "none"
             axes.plot(*zip(*sorted(points), strict=True), **style, markersize=7)
         for row in dense[:1]:
             axes.axhline(row["perplexity"], color=_INK, linestyle="--", label="dense")
@@ -248,9 +254,9 @@ def _series(number: int, label: str) -> dict[str, Any]:
 
 
 def _readable(text: str) -> str:
-    """At most 40 letters that can be drawn; no "_" at the start, which would keep it out of the legend."""
+    """At most 48 letters that can be drawn; no "_" at the start, which would keep it out of the legend."""
     text = " ".join(text.encode("utf-8", "replace").decode().split()) or "(no name)"
-    return (" " if text.startswith("_") else "") + (text if len(text) <= 40 else f"…{text[-39:]}")
+    return (" " if text.startswith("_") else "") + (text if len(text) <= 48 else f"…{text[-47:]}")
 
 
 def _run(report: CompressionReport) -> str:

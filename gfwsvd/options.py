@@ -77,19 +77,13 @@ SpreadDevice = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="on a GPU: the same bits at every run, at some cost of time")
 ]
-Rounds = Annotated[
-    int,
-    typer.Option(
-        "--rounds", min=0, help="allocate ranks so often again, by the loss of the compressed model on --text"
-    ),
-]
-Gains = Annotated[
-    int,
-    typer.Option(
-        "--gains",
-        min=0,
-        help="steps of fitting a gain of each output, so that predictions on --text stay the dense ones",
-    ),
+_ROUNDS = "allocate ranks so often again, by the loss of the compressed model on {}"
+_GAINS = "steps of fitting a gain of each output, so that predictions on {} stay the dense ones"
+Rounds = Annotated[int, typer.Option("--rounds", min=0, help=_ROUNDS.format("--text"))]
+Gains = Annotated[int, typer.Option("--gains", min=0, help=_GAINS.format("--text"))]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option("--calibration-text", metavar="TEXT", help=f"what --rounds and --gains measure by: {TEXT_HELP}"),
 ]
 _BYTES = "in bytes or as 80G, 1.5T, 512M"
 DeviceMemory = Annotated[
@@ -135,6 +129,12 @@ EvalBatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="windows
 
 # Of a sweep, each of which may be given several times
 Methods = Annotated[list[str], typer.Option("--method", metavar=one_of(METHODS), help="may be repeated; default: all")]
+RowRounds = Annotated[
+    int, typer.Option("--rounds", min=0, help=f"in rows of their own, {_ROUNDS.format('--calibration-text')}")
+]
+RowGains = Annotated[
+    int, typer.Option("--gains", min=0, help=f"in rows of their own, {_GAINS.format('--calibration-text')}")
+]
 Keeps = Annotated[list[float], typer.Option("--keep", help="share to store; may be repeated")]
 RankWays = Annotated[list[str], typer.Option("--ranks", metavar=one_of(RANKS), help="may be repeated")]
 Storages = Annotated[list[str], typer.Option("--storage", metavar=one_of(STORAGE), help="may be repeated")]

@@ -33,11 +33,16 @@ def check_rounds(rounds: int, ranks: str, row: Method) -> None:
     """GfwsvdError unless so many `rounds` can follow an allocation of `ranks` by the method `row`."""
     if not isinstance(rounds, int) or rounds < 0:
         raise GfwsvdError(f"rounds must be a whole number from 0 on, got {rounds!r}")
-    if rounds and (ranks != "global" or not row.predicts_loss):
+    if rounds and not takes_rounds(ranks, row):
         raise GfwsvdError(
             f"rounds scale predicted losses, by which global ranks are allocated; {ranks} ranks of method {row.name} "
             "are not: leave out the rounds"
         )
+
+
+def takes_rounds(ranks: str, row: Method) -> bool:
+    """Whether rounds can follow an allocation of `ranks` by the method `row`: it must go by predicted losses."""
+    return ranks == "global" and row.predicts_loss
 
 
 class Refined(NamedTuple):

@@ -35,8 +35,8 @@ def write_report(
         path: of the file; missing folders are made.
         reports: each gets its plots, a table of its layers, and its provenance.
         evaluations: rows of the table and points of the plot of perplexity against size, with any of the keys name,
-            method ("dense" for the model before), ranks, keep, kept, stored, model_stored, perplexity, kl, top1 and
-            seconds. Without any, the table is of `reports`.
+            method ("dense" for the model before), ranks, storage, rounds, gains, keep, kept, stored, model_stored,
+            perplexity, kl, top1 and seconds. Without any, the table is of `reports`.
         samples: texts to compare, by the name of the model that wrote them.
 
     Raises:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from .calibration import Batch, Statistics, Track, silent
 from .compress import DAMPING, CompressionReport, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
+from .gains import check_gains
 from .logits import ReferenceLogits
 from .methods import method_named
 from .ranks import check_keep, check_ranks, check_storage
+from .refine import check_rounds, takes_rounds
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,59 @@ class Run:
 
     @property
     def name(self) -> str:
-        marks = {
-            "two factors": self.storage == "factors",
-            f"damping {self.damping}": self.damping != DAMPING,
-            "no guard": not self.guard,
-            f"{self.rounds} rounds": self.rounds > 0,
-            f"{self.gains} gains": self.gains > 0,
-        }
-        return ", ".join((self.method, f"{self.ranks} ranks", *(mark for mark, is_on in marks.items() if is_on)))
+        return ", ".join((self.method, f"{self.ranks} ranks", *marks(asdict(self))))
+
+
+def marks(row: Mapping[str, Any]) -> list[str]:
+    """What tells a run, or a row of one, from others of its method, ranks and ratio; what is missing is the default."""
+    rounds, gains, damping = row.get("rounds") or 0, row.get("gains") or 0, row.get("damping", DAMPING)
+    found = {
+        "two factors": row.get("storage") == "factors",
+        f"damping {damping}": damping != DAMPING,
+        "no guard": not row.get("guard", True),
+        f"{rounds} rounds": rounds > 0,
+        f"{gains} gains": gains > 0,
+    }
+    return [mark for mark, is_on in found.items() if is_on]
 
 
 def all_runs(
-    methods: Iterable[str], ranks: Iterable[str], keeps: Iterable[float], storage: Iterable[str] = ("pivoted",)
+    methods: Iterable[str],
+    ranks: Iterable[str],
+    keeps: Iterable[float],
+    storage: Iterable[str] = ("pivoted",),
+    *,
+    rounds: int = 0,
+    gains: int = 0,
 ) -> list[Run]:
-    """Every combination, ratio by ratio; GfwsvdError for one that `compress` would not take."""
+    """Every combination once, ratio by ratio, each followed by one with those of `rounds` and `gains` that its method
+    and ranks take.
+
+    Raises:
+        GfwsvdError: for a combination that `compress` would not take, and for rounds or gains that none takes.
+    """
     combinations = itertools.product(keeps, ranks, methods, storage)
-    runs = [Run(method, way, keep, form) for keep, way, method, form in combinations]
+    plain = [Run(method, way, keep, form) for keep, way, method, form in combinations]
+    runs = list(dict.fromkeys(each for run in plain for each in (run, _with(run, rounds, gains))))
     for run in runs:
-        method_named(run.method)
         check_keep(run.keep)
         check_ranks(run.ranks, 1)
         check_storage(run.storage)
+        check_rounds(run.rounds, run.ranks, method_named(run.method))
+        check_gains(run.gains, method_named(run.method))
+    for asked, of in ((rounds, "rounds"), (gains, "gains")):
+        if asked and not any(getattr(run, of) for run in runs):
+            raise GfwsvdError(
+                f"no combination of these methods and ranks takes {of}: rounds ask for global ranks, and both for a "
+                f"method that predicts the loss; add one, or leave out the {of}"
+            )
     return runs
+
+
+def _with(run: Run, rounds: int, gains: int) -> Run:
+    """The run with those of `rounds` and `gains` that it can take."""
+    row = method_named(run.method)
+    return replace(run, rounds=rounds * takes_rounds(run.ranks, row), gains=gains * row.predicts_loss)
 
 
 def dense_row(
@@ -138,24 +171,36 @@ def sweep(
     *,
     rows_file: Path,
     about: Mapping[str, Any],
+    batches: Sequence[Batch] = (),
     track: Track = silent,
     dtype: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of the dense model and of all runs, each added to `rows_file` (JSON lines) once it is known.
 
-    Rows that are there already, of the same `about` (what else the figures depend on), are not computed again, so that
-    an interrupted sweep goes on where it was.
+    Rows that are there already, of the same `about`, are not computed again, so that an interrupted sweep goes on where
+    it was.
+
+    Args:
+        about: what else the figures depend on; its "measured_on" belongs to rows with rounds or gains alone, so that
+            the others are the same with it and without.
+        batches: see `compressed_models`.
 
     Raises:
         GfwsvdError: when `rows_file` holds something else or cannot be written; what `compress` and `evaluate` raise.
     """
     about = json.loads(json.dumps(dict(about)))  # as it will be read back
-    found = {_run_of(row): row for row in read_rows(rows_file) if row.get("about") == about}
+    plain = {key: value for key, value in about.items() if key != "measured_on"}
+
+    def about_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return about if row.get("rounds") or row.get("gains") else plain
+
+    found = {_run_of(row): row for row in read_rows(rows_file) if row.get("about") == about_row(row)}
     if None not in found:
-        found[None] = _append(rows_file, {**dense_row(model, windows, track=track, dtype=dtype), "about": about})
+        found[None] = _append(rows_file, {**dense_row(model, windows, track=track, dtype=dtype), "about": plain})
     missing = [run for run in runs if run not in found]
-    for row, _ in compressed_rows(model, statistics, missing, windows, track=track, dtype=dtype):
-        found[_run_of(row)] = _append(rows_file, {**row, "about": about})
+    settings: dict[str, Any] = {"batches": batches, "track": track, "dtype": dtype}
+    for row, _ in compressed_rows(model, statistics, missing, windows, **settings):
+        found[_run_of(row)] = _append(rows_file, {**row, "about": about_row(row)})
     return [found[run] for run in (None, *runs)]
 
 
@@ -201,12 +246,13 @@ def comparison(rows: Iterable[Mapping[str, Any]]) -> Table:
         "layers; size: all parameters; s: to compress, calibration aside.",
         caption_justify="left",
     )
-    for heading in ("model", "perplexity", "KL", "top-1", "kept", "size", "s"):
+    table.add_column("model")  # wraps, so that numbers are shown whole
+    for heading in ("perplexity", "KL", "top-1", "kept", "size", "s"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
         dense = row["method"] == "dense"
         table.add_row(
-            row["name"].removesuffix(" ranks"),
+            row["name"].replace(" ranks", ""),
             f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.0e}",
             "" if dense else f"{row['kl']:.3f}",
             "" if dense else f"{row['top1']:.1%}",

@@ -332,8 +332,40 @@ def test_a_sweep_writes_rows_and_a_picture_and_goes_on_where_it_was(workspace, t
     assert more["rows"][:3] == found["rows"] and [row["keep"] for row in more["rows"]] == [1, 0.8, 0.8, 0.5, 0.5]
     assert "perplexity" in run(*arguments, "--keep", "0.8").stdout
 
+    measured = ("--rounds", "1", "--gains", "1", "--calibration-text", workspace / "text.txt", *CALIBRATION)
+    fitted = run_json(*arguments, "--keep", "0.8", *measured)
+    names = ["dense", "gfwsvd, global ranks", "gfwsvd, global ranks, 1 rounds, 1 gains", "svd, global ranks"]
+    assert [row["name"] for row in fitted["rows"]] == names
+    assert [row for row in fitted["rows"] if row["name"] != names[2]] == found["rows"]
+    same = load_statistics(workspace / "stats")[0].data_sha256  # the text and options of the calibration
+    assert fitted["rows"][2]["about"]["measured_on"] == {
+        "model": "model", "text": "text.txt", "sequences": 8, "seq_len": 16, "tokens": 128, "data_sha256": same,
+        "batches": [4, 4],
+    }  # fmt: skip
+    again = run_json(*arguments, "--keep", "0.8", *measured, "--batch-size", "2")["rows"]
+    assert again[2]["about"]["measured_on"]["batches"] == [2, 2, 2, 2] and again[:2] == found["rows"][:2]
 
-def test_a_sweep_refuses_what_it_could_not_compress_before_it_loads_the_model(workspace, tmp_path):
+
+BAD_SWEEPS = {
+    "keep above one": (["--keep", "8"], "keep must be"),
+    "rounds without a text": (["--rounds", "1"], "--rounds 1 measures the loss of compressed models on"),
+    "gains without a text": (["--gains", "2"], "--gains 2 measures the loss of compressed models on"),
+    "a text for nothing": (["--calibration-text", "t.txt"], "--calibration-text would have no effect without --rounds"),
+    "sequences for nothing": (["--seq-len", "16", "--seed", "1"], "--seq-len, --seed would have no effect without"),
+    "rounds of uniform ranks": (
+        ["--ranks", "uniform", "--rounds", "1", "--gains", "1", "--calibration-text", "t.txt"],
+        "no combination of these methods and ranks takes rounds",
+    ),
+    "gains by no prediction": (
+        ["--method", "svd", "--gains", "1", "--calibration-text", "t.txt"],
+        "no combination of these methods and ranks takes gains",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SWEEPS)
+def test_a_sweep_refuses_what_it_could_not_compress_before_it_loads_the_model(workspace, tmp_path, case):
+    options, message = BAD_SWEEPS[case]
     arguments = ("sweep", tmp_path / "no model", "--stats", workspace / "stats", "--text", workspace / "text.txt")
-    result = run(*arguments, "--out", tmp_path / "out", "--keep", "8", status=1)
-    assert "keep must be" in result.stderr and not (tmp_path / "out").exists()
+    result = run(*arguments, "--out", tmp_path / "out", *options, status=1)
+    assert message in result.stderr and result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()

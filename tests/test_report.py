@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from gfwsvd import figures
 from gfwsvd.compress import CompressionReport, LayerReport
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.figures import layers_by_kind, perplexity_by_size, stored_share
@@ -221,6 +223,26 @@ def test_perplexity_plot_has_a_line_for_each_method_and_ranks():
     assert {f"var(--series-{number})" for number in range(3)} & set(re.findall(r"var\(--series-\d\)", figure)) == {
         "var(--series-0)", "var(--series-1)"
     }  # fmt: skip
+
+
+def test_what_rounds_gains_and_storage_bring_is_a_line_of_its_own(monkeypatch):
+    def rows(**others):
+        return [
+            {"method": method, "ranks": "global", "perplexity": 20.0 + keep, "model_stored": 1e6 * keep, **others}
+            for method in ("kfac", "gfwsvd") for keep in (2, 1)
+        ]  # fmt: skip
+
+    drawn = Figure()
+    monkeypatch.setattr(figures, "_svg", lambda draw, *_: draw(drawn) or "")
+    perplexity_by_size([*rows(), *rows(rounds=2, gains=8), *rows(storage="factors", gains=4)])
+    lines = {line.get_label(): line for line in drawn.axes[0].lines}
+    ends = ("", ", 2 rounds, 8 gains", ", two factors, 4 gains")
+    assert sorted(lines) == sorted(f"{method}, global{end}" for method in ("kfac", "gfwsvd") for end in ends)
+    assert all(list(line.get_xdata()) == [1, 2] for line in lines.values())
+    for end in ends:
+        one, other = (lines[f"{method}, global{end}"] for method in ("kfac", "gfwsvd"))
+        assert one.get_linestyle() == other.get_linestyle() and one.get_color() != other.get_color()
+    assert len({lines[f"kfac, global{end}"].get_linestyle() for end in ends}) == 3
 
 
 def test_kinds_are_told_apart_by_the_shortest_end_of_their_names():
