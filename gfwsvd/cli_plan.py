@@ -19,6 +19,7 @@ from .options import (
     Bits,
     DeviceMemory,
     Dtype,
+    Exclude,
     Gains,
     HostMemory,
     Json,
@@ -28,6 +29,7 @@ from .options import (
     Sequences,
     SpreadDevice,
     Sweeps,
+    Unit,
     one_of,
 )
 from .output import print_values
@@ -52,7 +54,9 @@ def plan_command(
     sequences: Sequences = 64,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
+    unit: Unit = "token",
     sweeps: Sweeps = 1,
+    exclude: Exclude = [],  # noqa: B006 - typer copies it
     dtype: Dtype = None,
     device: SpreadDevice = "cpu",
     device_memory: DeviceMemory = None,
@@ -67,10 +71,10 @@ def plan_command(
     gains have the model in memory twice, dense and compressed.
     """
     check_dtype(dtype)
-    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage, bits, rounds, gains)
+    settings = Settings(keep, sequences, seq_len, batch_size, sweeps, method, storage, bits, rounds, gains, unit)
     check_settings(settings)
     limits = memory_limits(device_memory, host_memory)
-    shape, name = model_shape(model, dtype=dtype)
+    shape, name = model_shape(model, dtype=dtype, exclude=exclude)
     hardware = measure(device, getattr(torch, shape.dtype))
     found = plan(shape, settings, _limited(hardware, **limits))
     if json_output:

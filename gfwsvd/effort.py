@@ -1,19 +1,17 @@
 """What a compression does, as steps of which a machine's curves (`hardware.py`) tell the time.
 
-Counted from the code, token by token and layer by layer, with the Fisher information over tokens. A pass over memory
-counts as one move where it reads a tensor and writes one, and as a part of it where it only reads.
+Counted from the code, token by token and layer by layer. A pass over memory counts as one move where it reads a tensor
+and writes one, and as a part of it where it only reads.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 
 import torch
 
 from .hardware import Hardware
-from .kronecker import PROBES
-from .methods import GRADIENTS, INPUTS
 from .quantise import GROUP
 from .ranks import Candidate
 from .statistics import PART_PROBES
@@ -38,6 +36,7 @@ class Shape:
         dtype: of the weights, such as "bfloat16".
         itemsize: bytes of one of them.
         positions: most tokens of a sequence; None for any number.
+        others: (d_in, d_out) of the linear layers that are left out, by name: they run, and stay as they are.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -52,6 +51,12 @@ class Shape:
     dtype: str
     itemsize: int
     positions: int | None = None
+    others: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def running(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of all linear layers but the language-model head."""
+        return {**self.linears, **self.others}
 
     @property
     def dense(self) -> int:
@@ -61,12 +66,12 @@ class Shape:
     @property
     def widest(self) -> int:
         """The most outputs that a layer has: the hidden width of an MLP."""
-        return max(d_out for _, d_out in self.linears.values())
+        return max(d_out for _, d_out in self.running.values())
 
     @property
     def largest(self) -> int:
         """Numbers of the largest tensor."""
-        return max(self.vocabulary * self.hidden, *(d_in * d_out for d_in, d_out in self.linears.values()))
+        return max(self.vocabulary * self.hidden, *(d_in * d_out for d_in, d_out in self.running.values()))
 
     def leads(self, name: str) -> bool:
         """Whether a layer is the first with its input."""
@@ -127,7 +132,7 @@ def model_pass(
         ranks: of the layers that are two factors.
     """
     ways = times * (1 + backward)
-    steps = [step for name in shape.linears for step in _layer(shape, name, tokens, ranks.get(name), ways)]
+    steps = [step for name in shape.running for step in _layer(shape, name, tokens, ranks.get(name), ways)]
     steps.append(product(shape.dtype, tokens, shape.vocabulary, shape.hidden, ways))
     # Half of the attention is masked; two products forward, and five backward, which forms the weights again
     attention = shape.blocks * shape.heads * tokens / seq_len / 2 * (7 if backward else 2)
@@ -143,7 +148,7 @@ def model_pass(
 
 def _layer(shape: Shape, name: str, tokens: int, rank: int | None, times: float) -> list[Step]:
     """The products of a layer, dense or of two factors."""
-    d_in, d_out = shape.linears[name]
+    d_in, d_out = shape.running[name]
     widths = (d_in, d_out) if rank is None else (d_in, rank, d_out)
     return [product(shape.dtype, tokens, after, before, times) for before, after in pairwise(widths)]
 
@@ -169,33 +174,6 @@ def slopes(shape: Shape, tokens: int, *, ranks: Ranks, times: float) -> list[Ste
         if rank is not None:
             steps += _layer(shape, name, tokens, rank, times)
             steps.append(moves(tokens * shape.linears[name][1], times * (2 + casts)))
-    return steps
-
-
-def collection(
-    shape: Shape, tokens: int, *, collect: Collection[str], first: bool, on_cpu: bool, times: float
-) -> list[Step]:
-    """What the Kronecker factors of all layers add to a pass over batches of `tokens`, and in the first one those
-    moments that are collected."""
-    # The norms of the factors, in float64, close the pass
-    steps = [moves(width**2 / 2, 9, 8) for sizes in shape.linears.values() for width in sizes]
-    dtype = "float32" if on_cpu else shape.dtype  # on a CPU sums and their operands are float32
-    probed = "bfloat16" if dtype == "bfloat16" else "float32"
-    cast = 1.5 * (shape.itemsize < 4)  # of rows to float32
-    for name in shape.linears:
-        inputs = first and INPUTS in collect and shape.leads(name)
-        outputs = first and GRADIENTS in collect
-        for width, moved, grams in (
-            (shape.linears[name][0], 3 + (0.5 + cast) * first + 1.5 * inputs, inputs),
-            (shape.linears[name][1], 5 + (0.5 + cast) * first + (1.5 + cast) * outputs, outputs),
-        ):
-            forms = 0 if first else 1  # the quadratic forms that weigh tokens
-            # Triangles, half of a product, of the factor, the moment and the form
-            triangle = product(dtype, width, width, tokens, times * (1 + grams + forms) / 2)
-            steps.append(replace(triangle, curve="gram", times=2 * triangle.times) if on_cpu else triangle)
-            steps.append(thin(probed, tokens, width, times * 2 * (1 + grams)))
-            steps.append(product("float32", tokens, width, PROBES, times * 2 * first))
-            steps.append(moves(tokens * width, times * moved, shape.itemsize))
     return steps
 
 

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from .calibration import HELDOUT_SHARE
+from .calibration import CLIP, HELDOUT_SHARE
+from .calibration import check_settings as check_calibration
 from .effort import NO_SPECTRUM, Ranks, Shape
 from .gains import HELDOUT_TOKENS as JUDGED_TOKENS
 from .gains import STEP_TOKENS, check_gains
@@ -18,6 +19,8 @@ from .quantise import check_bits
 from .ranks import Candidate, check_keep, check_storage
 from .refine import ROUND_TOKENS, check_rounds
 from .statistics import HELDOUT_TOKENS
+
+_PANEL = 1 << 26  # most products of two tokens that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,17 @@ class Settings:
     bits: int | None = None
     rounds: int = 0
     gains: int = 0
+    unit: str = "token"
     collect: frozenset[str] = frozenset({INPUTS, GRADIENTS, KRONECKER})
 
     @property
     def batch_tokens(self) -> int:
         return min(self.batch_size, self.sequences) * self.seq_len
+
+    @property
+    def sample_tokens(self) -> int | None:
+        """Tokens of a gradient sample of the Fisher information; None where each token is one."""
+        return {"token": None, "sequence": self.seq_len, "batch": self.batch_tokens}[self.unit]
 
     @property
     def heldout(self) -> int:
@@ -78,7 +87,8 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """GfwsvdError for a share, method, storage, bits, rounds or gains that `compress` would not take."""
+    """GfwsvdError for a share, method, storage, bits, rounds, gains, unit or sweeps that `compress` would not take."""
+    check_calibration(settings.unit, "empirical", settings.sweeps, CLIP)
     check_keep(settings.keep)
     check_storage(settings.storage)
     check_bits(settings.bits)
@@ -135,18 +145,37 @@ def _layer_bytes(d_in: int, d_out: int, rank: int, pivoted: bool, bits: int | No
 def activation_bytes(shape: Shape, settings: Settings) -> int:
     """Device memory of a batch: what the forward pass keeps for the backward pass, and the loss's copies of logits."""
     inputs = sum(d_in for name, (d_in, _) in shape.linears.items() if shape.leads(name))
-    outputs = sum(d_out for _, d_out in shape.linears.values())
+    outputs = sum(d_out for _, d_out in shape.running.values())
     # In each block the activation of the MLP, and the norms' inputs and outputs in float32
     block = shape.widest * shape.itemsize + 2 * 2 * 4 * shape.hidden
-    logits = 4 * 4 * shape.vocabulary
-    return settings.batch_tokens * ((inputs + outputs) * shape.itemsize + shape.blocks * block + logits)
+    kept = (inputs + outputs) * shape.itemsize + shape.blocks * block
+    return settings.batch_tokens * kept + _logit_bytes(shape, settings)
 
 
 def recomputed_bytes(shape: Shape, settings: Settings) -> int:
     """The same where blocks keep their inputs alone and one at a time runs again."""
-    logits = 4 * 4 * shape.vocabulary * settings.batch_tokens
+    logits = _logit_bytes(shape, settings)
     of_block = (activation_bytes(shape, settings) - logits) // shape.blocks
     return of_block + logits + settings.batch_tokens * shape.blocks * shape.hidden * shape.itemsize
+
+
+def _logit_bytes(shape: Shape, settings: Settings) -> int:
+    return 4 * 4 * shape.vocabulary * settings.batch_tokens
+
+
+def sample_bytes(shape: Shape, settings: Settings) -> int:
+    """Device memory by which the step of the largest layer exceeds the copies of logits, which are gone by then, where
+    gradient samples are sequences or batches. In float32: a metric in full, the gradient of a sample with its square
+    and its product with the metric, products of its tokens with each other, the rows of both sides."""
+    if (sample := settings.sample_tokens) is None:
+        return 0
+    metric, tokens = settings.sweeps > 1, settings.batch_tokens
+    pairs = min(sample**2, _PANEL)
+    largest = max(
+        metric * max(sizes) ** 2 + (2 + metric) * math.prod(sizes) + tokens * sum(sizes)
+        for sizes in shape.linears.values()
+    )
+    return max(0, 4 * (largest + pairs) - _logit_bytes(shape, settings))
 
 
 @dataclass(frozen=True)

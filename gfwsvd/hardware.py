@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gfwsvd_kernels import gram_accumulate
+from gfwsvd_kernels import gram_accumulate, symmetrize
 
 from .errors import GfwsvdError
 from .statistics import PART_PROBES
@@ -61,8 +61,9 @@ class Hardware:
         name: of the device, for people.
         curves: by operation. "matmul DTYPE" of square matrices, "thin DTYPE" of one and `PART_PROBES` columns and, in
             float64, "cholesky", "eigh", "qr", "lu" and "solve" (a triangle and as many right-hand sides) by the number
-            of rows; on a CPU "gram", a packed triangle that grows by as many rows as it has, by these; "move", one
-            number times another into new memory, by the bytes that are read.
+            of rows; on a CPU "gram", a packed triangle that grows by as many rows as it has, and "fold", one that grows
+            by a single row, by the rows it has; "symmetrize", a packed triangle made full, likewise; "move", one number
+            times another into new memory, by the bytes that are read.
         disk_read, disk_write, digest: bytes a second, from and to the disk and through SHA-256.
         device_memory, host_memory, disk: free bytes; the first two are the same on a CPU.
         gpus: GPUs that are here, of the same memory; 1 on a CPU.
@@ -123,7 +124,9 @@ def measure(device: torch.device | str, dtype: torch.dtype, folder: str | os.Pat
     curves = {name: _curve(start, _SIZES, 3, device) for name, start in (operations | _FLOAT64).items()}
     curves |= {f"thin {name}": _curve(_matmul(kind, PART_PROBES), _SIZES, 2, device) for name, kind in kinds.items()}
     if device.type == "cpu":  # where blocks of a triangle are slower than whole products, and are copied into place
-        curves["gram"] = _curve(_gram, _SIZES, 3, device)
+        curves["gram"] = _curve(_gram(None), _SIZES, 3, device)
+        curves["fold"] = _curve(_gram(1), _SIZES, 2, device)
+    curves["symmetrize"] = _curve(_symmetrize, _SIZES, 2, device)
     curves["move"] = _curve(_move, _BYTES, 1, device)
     read, write = _disk_rates(Path(folder))
     on_gpu = device.type == "cuda"
@@ -158,9 +161,20 @@ def _matmul(dtype: torch.dtype, columns: int | None = None) -> Start:
     return start
 
 
-def _gram(size: int, device: torch.device) -> Callable[[], object]:
-    rows, out = torch.ones(size, size, device=device), torch.zeros(size * (size + 1) // 2, device=device)
-    return lambda: gram_accumulate(out, rows)
+def _gram(count: int | None) -> Start:
+    """A packed triangle that grows by `count` rows, or as many as it has."""
+
+    def start(size: int, device: torch.device) -> Callable[[], object]:
+        rows = torch.ones(count or size, size, device=device)
+        out = torch.zeros(size * (size + 1) // 2, device=device)
+        return lambda: gram_accumulate(out, rows)
+
+    return start
+
+
+def _symmetrize(size: int, device: torch.device) -> Callable[[], object]:
+    packed = torch.ones(size * (size + 1) // 2, device=device)
+    return lambda: symmetrize(packed)
 
 
 def _on_square(operation: Callable[[Tensor], object]) -> Start:

@@ -8,7 +8,8 @@ from typing import Any
 
 from .budget import Collected, Room, bytes_text, layer_groups
 from .checks import check_length
-from .effort import Shape, Step, collection, costs, factorisation, flops, model_pass, moves, seconds, slopes
+from .collecting import collection
+from .effort import Shape, Step, costs, factorisation, flops, model_pass, moves, seconds, slopes
 from .errors import GfwsvdError
 from .footprint import (
     Settings,
@@ -19,6 +20,7 @@ from .footprint import (
     placed,
     recomputed_bytes,
     round_bytes,
+    sample_bytes,
     saved_bytes,
     statistics_on_disk,
     uniform_ranks,
@@ -155,7 +157,7 @@ def _collecting(shape: Shape, settings: Settings, hardware: Hardware) -> _Collec
     family = max(map(about.bytes, about.families()))
     kept, recomputed = activation_bytes(shape, settings), recomputed_bytes(shape, settings)
     short = weights.waiting > 0 or hardware.device_memory - weights.device - kept < family
-    activations = recomputed if short else kept
+    activations = (recomputed if short else kept) + sample_bytes(shape, settings)
     rooms = [Room(max(hardware.device_memory - weights.device - activations, family), 0, share) for share in shares]
     if hardware.device != "cpu":  # the host gets the sums of a group, to write them
         rooms.append(Room(max(hardware.host_memory - weights.host, family), 0, shape.linears))
@@ -257,6 +259,7 @@ def _sweeps(shape: Shape, settings: Settings, collecting: _Collecting, on_cpu: b
     for number in range(settings.sweeps):
         steps = _pass(shape, settings, collecting, times=batches * len(collecting.groups))
         about: dict[str, Any] = {"collect": settings.collect, "on_cpu": on_cpu, "times": batches}
+        about["sample"] = settings.sample_tokens
         yield steps + collection(shape, settings.batch_tokens, first=number == 0, **about)
 
 

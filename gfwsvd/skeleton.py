@@ -1,6 +1,7 @@
 """The shape of a model from its configuration alone: no weight is read, and none is downloaded."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def model_shape(spec: str, *, dtype: str | None = None) -> tuple[Shape, str]:
+def model_shape(spec: str, *, dtype: str | None = None, exclude: Iterable[str] = ()) -> tuple[Shape, str]:
     """The shape of a model, and a name for reports.
 
     Args:
         spec: a name on the hub, of which the configuration is downloaded; a folder, of which config.json is read; or a
             .gguf file, of which the header is.
         dtype: of the weights, such as "bfloat16"; by default as in the configuration, and float32 for a .gguf file.
+        exclude: see `calibrate`.
 
     Raises:
-        GfwsvdError: when there is no configuration, it cannot be read, or it is of a model that is compressed already.
+        GfwsvdError: when there is no configuration, it cannot be read, or it is of a model that is compressed already;
+            and see `find_linears`.
     """
     path = Path(spec).expanduser()
     try:
@@ -34,7 +37,7 @@ def model_shape(spec: str, *, dtype: str | None = None) -> tuple[Shape, str]:
             config, name = _configuration(spec, path)
             described = config.dtype or torch.float32
             kind = getattr(torch, dtype) if dtype else torch.float32 if path.suffix == ".gguf" else described
-            return shape_of(_skeleton(config, kind)), name
+            return shape_of(_skeleton(config, kind), exclude=exclude), name
     except GfwsvdError:
         raise
     except Exception as error:  # of many kinds: the readers fail in any way on what they cannot read
@@ -43,11 +46,11 @@ def model_shape(spec: str, *, dtype: str | None = None) -> tuple[Shape, str]:
         ) from error
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Any, *, exclude: Iterable[str] = ()) -> Shape:
     """The shape of a language model of transformers, on any device: on "meta" the run that tells which layers share
-    their input costs nothing."""
+    their input costs nothing. Layers that `exclude` leaves out of a calibration run all the same."""
     config = model.config.get_text_config()
-    modules = find_linears(model)
+    modules, every = find_linears(model, exclude=exclude), find_linears(model)
     leaders = input_leaders(model, modules, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, forward)
     linears = {name: weight_shape(module)[::-1] for name, module in modules.items() if name in leaders}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -66,6 +69,7 @@ def shape_of(model: Any) -> Shape:
         dtype=str(weight.dtype).removeprefix("torch."),
         itemsize=weight.itemsize,
         positions=getattr(config, "max_position_embeddings", None),
+        others={name: weight_shape(module)[::-1] for name, module in every.items() if name not in modules},
     )
 
 

@@ -47,6 +47,7 @@ LAYERS = {
     "gfwsvd.latency": 3,
     "gfwsvd.hardware": 3,
     "gfwsvd.effort": 3,
+    "gfwsvd.collecting": 3,
     "gfwsvd.footprint": 3,
     "gfwsvd.plan": 4,
     "gfwsvd.outcome": 4,

@@ -15,11 +15,13 @@ from gfwsvd import hardware as hardware_module
 from gfwsvd.calibration import silent
 from gfwsvd.cli import app
 from gfwsvd.cli_plan import duration
-from gfwsvd.effort import flops, model_pass
+from gfwsvd.collecting import collection
+from gfwsvd.effort import Shape, flops, model_pass
 from gfwsvd.footprint import Settings, activation_bytes, gain_bytes, round_bytes, uniform_ranks
 from gfwsvd.gains import fitted_gains
 from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
+from gfwsvd.kronecker import Sweep
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.losses import next_token_loss
 from gfwsvd.memory import bytes_in_use
@@ -27,11 +29,13 @@ from gfwsvd.plan import estimate, plan
 from gfwsvd.ranks import Candidate
 from gfwsvd.refine import refined
 from gfwsvd.skeleton import model_shape, shape_of
+from gfwsvd.statistics import LayerStatistics
 from gfwsvd.work import open_work
+from gfwsvd_kernels import reference
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model
 
 GIB = 1 << 30
-POWERS = {"move": 1.0, "thin float32": 2.0}
+POWERS = {"move": 1.0, "thin float32": 2.0, "fold": 2.0, "symmetrize": 2.0}
 NAMES = ("matmul float32", "matmul float64", "cholesky", "eigh", "qr", "lu", "solve", "gram", *POWERS)
 # A machine that does everything at a rate of its own, whatever the size
 MACHINE = Hardware(
@@ -155,6 +159,92 @@ def test_the_size_of_the_statistics_is_that_of_their_directory(kind, tmp_path):
     save_statistics(calibrate(model, batches(SETTINGS)), tmp_path / "stats")
     files = sum(file.stat().st_size for file in (tmp_path / "stats").glob("*.safetensors"))
     assert planned.statistics_bytes == pytest.approx(files, rel=0.03)
+
+
+@pytest.mark.parametrize("exclude", [["mlp"], ["q_proj$", r"layers\.1\..*down"]])
+def test_layers_that_are_left_out_run_but_have_no_statistics_and_stay_as_they_are(exclude, tmp_path):
+    model = tiny_model("llama")
+    shape, whole = shape_of(model, exclude=exclude), shape_of(model)
+    linears = find_linears(model, exclude=exclude)
+    assert set(shape.linears) == set(linears) and {**shape.linears, **shape.others} == whole.linears
+    assert flops(model_pass(shape, 64, 16)) == flops(model_pass(whole, 64, 16))
+    with frozen(model):
+        found = bytes_in_use(model, linears, batches(SETTINGS)[0], next_token_loss("empirical", 0), backward=True).kept
+    assert 0.85 < activation_bytes(shape, SETTINGS) / (found["cpu"] - shape.parameters * 4) < 1.5
+
+    statistics = calibrate(model, batches(SETTINGS), exclude=exclude)
+    for name, layer in statistics.layers.items():
+        shares = {other for other, it in statistics.layers.items() if it.input_moment is layer.input_moment}
+        assert {other for other in shape.leaders if shape.leaders[other] == shape.leaders[name]} == shares
+    save_statistics(statistics, tmp_path / "stats")
+    files = sum(file.stat().st_size for file in (tmp_path / "stats").glob("*.safetensors"))
+    assert plan(shape, SETTINGS, MACHINE).statistics_bytes == pytest.approx(files, rel=0.03)
+
+    settings = replace(SETTINGS, method="svd", storage="factors", keep=0.6)
+    form = {"ranks": "uniform", "rank_multiple": 1, "storage": "factors", "keep": 0.6}
+    report = compress(model, method="svd", exclude=exclude, **form)
+    assert plan(shape, settings, MACHINE).output_bytes == report.model_bytes
+
+
+def test_the_configuration_leaves_out_the_same_layers_and_refuses_to_leave_out_all(skeletons):
+    found, _ = model_shape(str(skeletons / "llama"), exclude=["mlp"])
+    assert found == shape_of(tiny_model("llama"), exclude=["mlp"]) and found.others
+    with pytest.raises(GfwsvdError, match="no linear layer to compress"):
+        model_shape(str(skeletons / "llama"), exclude=["."])
+    with pytest.raises(GfwsvdError, match="exclude must hold regular expressions"):
+        model_shape(str(skeletons / "llama"), exclude=["("])
+
+
+def one_layer(d_in: int, d_out: int) -> Shape:
+    return replace(shape_of(tiny_model("llama")), linears={"a": (d_in, d_out)}, leaders={"a": "a"})
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("unit", "lengths"), [("sequence", [8] * 6), ("sequence", [150] * 2), ("batch", [30] * 4)])
+def test_samples_of_several_tokens_take_the_products_that_torch_counts(first, unit, lengths, monkeypatch):
+    """On a CPU, by tokens for short samples and by gradients for long ones. Triangles up to 192 are whole squares."""
+    d_in, d_out, tokens = 48, 160, sum(lengths)
+    monkeypatch.setattr("gfwsvd.kronecker.sequence_unit_step", reference.sequence_unit_step)  # whose products are seen
+    stats = LayerStatistics(d_in, d_out)
+    if not first:
+        stats.left, stats.right = (reference.pack(torch.eye(width)) for width in (d_out, d_in))
+    sweep = Sweep(stats, unit=unit, sketch_seed=0 if first else None)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    with FlopCounterMode(display=False) as counter:
+        sweep.accumulate(torch.randn(tokens, d_in), torch.randn(tokens, d_out), offsets)
+    sample = lengths[0] if unit == "sequence" else tokens
+    settings = {"collect": (), "first": first, "on_cpu": True, "times": 1}
+    steps = collection(one_layer(d_in, d_out), tokens, sample=sample, **settings)
+    planned = sum(step.flops * (2 if step.curve == "gram" else 1) for step in steps)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
+def test_sequences_as_samples_take_what_the_documentation_says_on_a_gpu():
+    d_in, d_out, length, count = 4096, 11008, 2048, 4
+    settings = {"collect": (), "first": False, "on_cpu": False, "times": 1}
+    steps = collection(one_layer(d_in, d_out), count * length, sample=length, **settings)
+    products = sum(step.flops for step in steps if step.curve == "matmul float32")
+    both = sum(a**2 + length * (a + b) + b**2 / 2 for a, b in ((d_in, d_out), (d_out, d_in)))
+    energies = d_in * d_out
+    assert products == pytest.approx(count * 2 * length * (both + energies), rel=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["sequence", "batch"])
+def test_the_memory_of_samples_of_several_tokens_is_planned_beyond_that_of_tokens(unit, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()  # whose logits are small
+    settings = Settings(sequences=4, seq_len=16, batch_size=2, sweeps=2, unit=unit)
+    data = [{"input_ids": part} for part in torch.randint(64, (4, 16)).split(2)]
+    with open_work(tmp_path / "work", {}) as work, Live() as live:
+        calibrate(model, data, sweeps=2, unit=unit, work=work)
+    taken = sum(value.nbytes for value in model.parameters()) + live.peak
+    of_tokens, of_unit = (
+        estimate(shape_of(model), replace(settings, unit=each), MACHINE).phases[1].host_bytes
+        for each in ("token", unit)
+    )
+    assert of_tokens < taken <= of_unit < 1.1 * taken
 
 
 def test_less_memory_makes_more_groups_and_passes_and_longer_sweeps():
@@ -409,7 +499,16 @@ def test_a_full_disk_is_refused_before_the_work():
 
 def test_settings_that_compress_would_not_take_are_refused():
     shape = shape_of(tiny_model("llama"))
-    for wrong in ({"keep": 1.5}, {"method": "magic"}, {"storage": "zip"}, {"bits": 3}, {"rounds": -1}, {"gains": -1}):
+    for wrong in (
+        {"keep": 1.5},
+        {"method": "magic"},
+        {"storage": "zip"},
+        {"bits": 3},
+        {"rounds": -1},
+        {"gains": -1},
+        {"unit": "word"},
+        {"sweeps": 0},
+    ):
         with pytest.raises(GfwsvdError, match=next(iter(wrong))):
             plan(shape, replace(SETTINGS, **wrong), MACHINE)
     with pytest.raises(GfwsvdError, match="of method svd are not: leave out the rounds"):
@@ -487,6 +586,10 @@ def test_the_command_prints_a_table_or_json_and_refuses_early(skeletons, monkeyp
     more = json.loads(run(skeletons / "llama", *sizes, *asked, "--json").stdout.splitlines()[-1])
     asked = replace(SETTINGS, bits=8, rounds=2, gains=3)
     assert more == {"model": "llama", **plan(model_shape(str(skeletons / "llama"))[0], asked, MACHINE).to_json()}
+    asked = ("--unit", "sequence", "--exclude", "mlp", "--exclude", "k_proj")
+    more = json.loads(run(skeletons / "llama", *sizes, *asked, "--json").stdout.splitlines()[-1])
+    shape = model_shape(str(skeletons / "llama"), exclude=["mlp", "k_proj"])[0]
+    assert more == {"model": "llama", **plan(shape, replace(SETTINGS, unit="sequence"), MACHINE).to_json()}
     refused = run(skeletons / "llama", *sizes, "--host-memory", "1M", status=1)
     assert "calibration sweep 1 needs" in refused.stderr
     spread = json.loads(run(skeletons / "llama", *sizes, "--device", "auto", "--json").stdout.splitlines()[-1])
