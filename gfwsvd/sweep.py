@@ -50,8 +50,8 @@ def marks(row: Mapping[str, Any]) -> list[str]:
         "two factors": row.get("storage") == "factors",
         f"damping {damping}": damping != DAMPING,
         "no guard": not row.get("guard", True),
-        f"{rounds} rounds": rounds > 0,
-        f"{gains} gains": gains > 0,
+        f"{rounds} round{'s' * (rounds > 1)}": rounds > 0,
+        f"{gains} gain{'s' * (gains > 1)}": gains > 0,
     }
     return [mark for mark, is_on in found.items() if is_on]
 

@@ -334,7 +334,7 @@ def test_a_sweep_writes_rows_and_a_picture_and_goes_on_where_it_was(workspace, t
 
     measured = ("--rounds", "1", "--gains", "1", "--calibration-text", workspace / "text.txt", *CALIBRATION)
     fitted = run_json(*arguments, "--keep", "0.8", *measured)
-    names = ["dense", "gfwsvd, global ranks", "gfwsvd, global ranks, 1 rounds, 1 gains", "svd, global ranks"]
+    names = ["dense", "gfwsvd, global ranks", "gfwsvd, global ranks, 1 round, 1 gain", "svd, global ranks"]
     assert [row["name"] for row in fitted["rows"]] == names
     assert [row for row in fitted["rows"] if row["name"] != names[2]] == found["rows"]
     same = load_statistics(workspace / "stats")[0].data_sha256  # the text and options of the calibration

@@ -77,7 +77,7 @@ def test_a_row_with_rounds_and_gains_is_that_of_the_model_compressed_with_them(s
     settings = {"method": "gfwsvd", "keep": 0.8, "ranks": "global", "rank_multiple": 1, "statistics": statistics}
     report = sweep_module.compress(compressed, BATCHES, rounds=1, gains=2, **settings)
     found = evaluate(compressed, WINDOWS, reference=tiny_model("llama")).to_json()
-    assert rows[1]["name"] == "gfwsvd, global ranks, 1 rounds, 2 gains" and rows[1]["stored"] == report.stored
+    assert rows[1]["name"] == "gfwsvd, global ranks, 1 round, 2 gains" and rows[1]["stored"] == report.stored
     assert {key: rows[1][key] for key in ("perplexity", "kl", "top1")} == {
         key: found[key] for key in ("perplexity", "kl", "top1")
     }
