@@ -15,6 +15,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import set_weight_attrs
 
+from gfwsvd_kernels import LowRankGroup
+
 from . import checkpoint
 from .checkpoint import Entry
 from .errors import GfwsvdError
@@ -81,10 +83,11 @@ class LowRankLinearMethod(LinearMethodBase):
 
     The parameters are the tensors of `MergedLayer.room`. vLLM looks them up by the last names of the checkpoint's
     tensors, so that those are there even where they are empty; after loading they are what `MergedLayer.finish` makes
-    of them.
+    of them, or, where this package's kernels run, empty beside the group that `MergedLayer.grouped` makes of them.
     """
 
     merged: MergedLayer
+    group: LowRankGroup | None = None
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = entries
@@ -131,11 +134,25 @@ class LowRankLinearMethod(LinearMethodBase):
         return position
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        for name, tensor in self.merged.finish(self._tensors(layer)).items():
+        tensors = self.merged.finish(self._tensors(layer))
+        if _kernels_run(layer.weight.device) and (group := self.merged.grouped(tensors)) is not None:
+            self.group = group
+            tensors = {name: tensor.new_empty(0) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
             getattr(layer, name).data = tensor
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.group is not None:
+            y: Tensor = self.group(x)
+            return y if bias is None else y + bias
         return self.merged.forward(x, {name: getattr(layer, name) for name in self.merged.sizes}, bias)
+
+
+def _kernels_run(device: torch.device) -> bool:
+    """Whether the device is a GPU that the kernels of this package are written for."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _outputs(layer: Any, sizes: list[int], output_size: int) -> list[tuple[int, Tensor]]:

@@ -86,6 +86,24 @@ def test_a_merged_layer_computes_its_shards_side_by_side(group):
     assert_close(checkpoint.compute(checkpoint.merged(checkpoint.outputs(0, 1)), x, bias), exact + bias)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_factored_shards_of_one_width_in_bits_are_one_grouped_operation(group):
+    checkpoint, x = Checkpoint(group), torch.randn(5, D_IN, dtype=torch.float64)
+    merged = checkpoint.merged(checkpoint.outputs(0, 1))
+    grouped = merged.grouped(checkpoint.loaded(merged, torch.float64))
+    assert (grouped is None) == (group in ("all kinds", "dense first") or "some" in group or "second" in group)
+    if grouped is not None:
+        assert_close(grouped(x), x @ torch.cat(checkpoint.weights).T)
+
+
+@pytest.mark.parametrize("group", ["one low-rank", "pivoted", "one pivoted in 8 bits"])
+def test_what_processes_split_is_no_grouped_operation(group):
+    checkpoint = Checkpoint(group)
+    splits = [checkpoint.merged(checkpoint.outputs(1, 2)), checkpoint.merged(checkpoint.outputs(0, 1), slice(0, 6))]
+    for merged in splits:
+        assert merged.grouped(checkpoint.loaded(merged, torch.float64)) is None
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("group", GROUPS)
 def test_processes_that_split_the_outputs_compute_their_own(group, processes):

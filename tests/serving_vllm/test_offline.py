@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 
 from gfwsvd import GfwsvdError, checkpoint, serving_vllm
 from gfwsvd.checkpoint import Entry
+from gfwsvd.shards import MergedLayer
 from served_models import greedy
 
 TOKENS = 24
@@ -59,6 +60,31 @@ def test_vllm_goes_on_as_transformers_does(served, engine, kind, options):
     expected = [greedy(folder, prompt, TOKENS) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
     assert answers(engine(folder, **options), PROMPTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"enforce_eager": True}),
+        ("qwen2", {}),
+        ("phi3", {"enforce_eager": True}),
+        ("smollm2", {}),
+        ("qwen2-8", {}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "compiled" if isinstance(value, dict) else value,
+)
+def test_the_groups_that_a_gpu_runs_go_on_as_transformers_does(served, engine, monkeypatch, kind, options):
+    groups = []
+
+    def grouped(merged, tensors, make=MergedLayer.grouped):
+        groups.append(make(merged, tensors))
+        return groups[-1]
+
+    monkeypatch.setattr(serving_vllm, "_kernels_run", lambda device: True)
+    monkeypatch.setattr(MergedLayer, "grouped", grouped)
+    folder = served(kind)
+    assert answers(engine(folder, **options), PROMPTS) == [greedy(folder, prompt, TOKENS) for prompt in PROMPTS]
+    assert any(groups)  # where a shard is dense there is none
 
 
 def without(folder, tensor, into):
