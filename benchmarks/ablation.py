@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gfwsvd
-from benchmarks import record
+from benchmarks import frontier, record
 from benchmarks.packaged import packaged_smollm2
 from gfwsvd.calibration import about_calibration
 from gfwsvd.cli_app import beside, kept_work
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
+    parser.add_argument("--plot", type=Path, help="also draw the steps of three ratios and more into this file")
     arguments = parser.parse_args()
 
     made = record.provenance()  # now: the sources may be another commit's by the time the last row is written
@@ -137,8 +138,11 @@ def main() -> None:
         if study.name in (arguments.studies or [study.name]) and (arguments.other or not study.other):
             for row in _run(study, model, tokenizer, windows, arguments, about):
                 record.append(arguments.results, {**row, **about, **made})
-    text = markdown(_rows(arguments.results, about))
+    rows = _rows(arguments.results, about)
+    text = markdown(rows)
     print(text)
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
     if arguments.markdown is not None:
         arguments.markdown.write_text(text, encoding="utf-8")
 
@@ -214,6 +218,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for (study, step), cells in sorted(found.items(), key=lambda item: order.index(item[0][0])):
         lines.append(f"| {study} | {step} | {' | '.join(cells.get(keep, '') for keep in keeps)} |")
     return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against the kept share, of all tokens and the first seed, a line for each step of three shares."""
+    studies = {study.name for study in STUDIES if study.share == 1 and not (study.calibration or study.other)}
+    lines: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row.get("study") in studies:
+            lines.setdefault(row["step"], {})[row["keep"]] = row["perplexity"]
+    points = {step: list(line.items()) for step, line in lines.items() if len(line) >= 3}
+    dense = frontier.dense_of(rows)
+    title = f"{dense['model'].partition('.')[0]}, {dense['windows'][0]} windows of {dense['evaluation']}"
+    frontier.plot({title: (dense["perplexity"], points)}, path, ylabel="perplexity", yscale="log")
 
 
 if __name__ == "__main__":

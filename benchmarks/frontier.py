@@ -84,14 +84,19 @@ def plot(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4), sharey=True, layout="constrained")
-    for axis, (title, (dense, lines)) in zip(axes, panels.items(), strict=True):
+    size = (3 + 3.5 * len(panels), 4.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (title, (dense, lines)) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.axhline(dense, color="gray", linestyle=":", label="dense")
         axis.set(yscale=yscale, xlabel="weights kept in the linear layers", title=title)
-    axes[0].set_ylabel(ylabel)
-    axes[-1].legend()
+        if yscale == "log":
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend()
     figure.savefig(path)

@@ -12,7 +12,7 @@ from tiny_models import tiny_workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of the installed packages
 
-from benchmarks import ablation, demo, overhead, quality, record, scale, serve
+from benchmarks import ablation, demo, frontier, overhead, quality, record, scale, serve
 from gfwsvd import hardware
 
 
@@ -78,8 +78,15 @@ def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, 
     assert by_study["half the tokens"]["calibration_tokens"] == 12 * 16
     assert len({row["perplexity"] for row in rows}) > 20, "the settings make a difference"
     written = tmp_path / "table.md"
-    run(monkeypatch, ablation, *options, "--results", results, "--markdown", written)
+    drawn = {}
+    monkeypatch.setattr(frontier, "plot", lambda panels, path, **_: drawn.update(panels))
+    run(monkeypatch, ablation, *options, "--results", results, "--markdown", written, "--plot", tmp_path / "lines.png")
     assert record.read(results) == rows
+    ((ratio, lines),) = drawn.values()
+    assert ratio == rows[0]["perplexity"] and set(lines) == {
+        "svd_llm", "kfac, global, pivoted", "+ guard", "gfwsvd + 2 rounds + gains"
+    }  # fmt: skip
+    assert all([keep for keep, _ in sorted(points)] == [0.5, 0.6, 0.7, 0.8, 0.9] for points in lines.values())
     dense, row = rows[0]["perplexity"], by_study["unit sequence"]
     line = next(line for line in written.read_text().splitlines() if line.startswith("| unit sequence |"))
     assert f"{row['perplexity']:.2f} ({math.log(row['perplexity'] / dense):.3f})" in line
