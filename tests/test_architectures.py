@@ -3,16 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from gfwsvd.calibration import calibrate
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.evaluate import evaluate
 from gfwsvd.hf import save_pretrained
 from gfwsvd.layers import LowRankLinear, find_linears
-from gfwsvd.sources import load_model, token_batches, windows
-from gfwsvd.texts import load_text
 from tiny_models import CAUSAL_KINDS, KINDS, random_tokens, tiny_model
 
 IDS = random_tokens(16, 24)
@@ -159,22 +156,3 @@ def test_a_real_encoder_with_a_loss_of_its_user(encoder, tmp_path):
     save_pretrained(model, tmp_path / "small", report=report)
     with torch.no_grad():
         assert torch.equal(_embeddings(AutoModel.from_pretrained(tmp_path / "small"), batch), _embeddings(model, batch))
-
-
-# ------------------------------------------------------------------------------------ a real language model
-
-
-def test_a_real_language_model_is_compressed_saved_and_reloaded(smollm2, tmp_path):
-    model, tokenizer, _ = load_model(str(smollm2))
-    tokens = windows(load_text("pydoc:heldout"), tokenizer, window=256, limit=1)
-    batches = token_batches(load_text("pydoc:calibration"), tokenizer, sequences=4, seq_len=256)
-    dense = evaluate(model, tokens).perplexity
-    report = compress(model, batches, keep=0.8, exclude=[r"layers\.(\d|1\d|2[0-7])\."])  # the last two blocks: quick
-    assert report.kept <= 0.8 and len(report.layers) == 14
-    found = evaluate(model, tokens).perplexity
-    assert dense < found < 1.2 * dense, (dense, found)
-
-    save_pretrained(model, tmp_path / "small", report=report, tokenizer=tokenizer)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    with torch.no_grad():
-        assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
