@@ -51,13 +51,18 @@ def decompose(weight: Tensor, left: Metric, right: Metric, *, damping: float, na
     Raises:
         GfwsvdError: a weight that is not finite, or a metric that cannot be whitened (`whiten.root`); names the layer.
     """
-    if not torch.isfinite(weight).all():
-        raise GfwsvdError(f"the weight of layer {name} holds NaN or inf; expected finite numbers")
     left, right = (None if metric is None else metric.to(weight.device) for metric in (left, right))
     left_root = root(left, damping=damping, name=f"the left metric of layer {name}")
     right_root = root(right, damping=damping, name=f"the right metric of layer {name}")
-    whitened = left_root.times(right_root.times(weight.double()).T).T
+    return whitened_decomposition(weight, left_root, right_root, name=name)
+
+
+def whitened_decomposition(weight: Tensor, left: Root, right: Root, *, name: str) -> Decomposition:
+    """As `decompose`, with the roots of the metrics on the weight's device."""
+    if not torch.isfinite(weight).all():
+        raise GfwsvdError(f"the weight of layer {name} holds NaN or inf; expected finite numbers")
+    whitened = left.times(right.times(weight.double()).T).T
     if weight.shape[0] < weight.shape[1]:
         whitened = whitened.T
     values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-    return Decomposition(values.flip(0).clamp(min=0).sqrt(), vectors.flip(1), left_root, right_root)
+    return Decomposition(values.flip(0).clamp(min=0).sqrt(), vectors.flip(1), left, right)

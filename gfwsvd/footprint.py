@@ -1,6 +1,7 @@
 """How much memory and disk a compression takes, counted from the code as `effort.py` counts its steps."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from .quantise import check_bits
 from .ranks import Candidate, check_keep, check_storage
 from .refine import ROUND_TOKENS, check_rounds
 from .statistics import HELDOUT_TOKENS
+from .whiten import batch_size
 
 _PANEL = 1 << 26  # most products of two tokens that are in memory at a time
 
@@ -217,11 +219,17 @@ def statistics_on_disk(shape: Shape, settings: Settings, names: Iterable[str]) -
     return total
 
 
-def workspace_bytes(d_in: int, d_out: int, sides: tuple[bool, bool]) -> int:
-    """Memory that the factorisation of a layer takes at its peak, in float64: copies of the metrics (`sides`: whether
-    the left and the right one are full), of the whitened weight and of its Gram matrix."""
-    widest = max(d_out * sides[0], d_in * sides[1])
-    return 8 * (5 * widest**2 + 2 * min(d_in, d_out) ** 2 + 3 * d_in * d_out)
+def workspace_bytes(shape: Shape, settings: Settings, device: str) -> int:
+    """Memory of the factorisation at its peak on a kind of device, in float64: of a layer, copies of the metrics
+    that are full, of the whitened weight and of its Gram matrix; or before it, of the layers whose roots are found
+    together, these, copies of the metrics of a side and what their condition is estimated by."""
+    most = 0
+    for (d_in, d_out), count in Counter(shape.linears.values()).items():
+        left, right = (full * width**2 for full, width in zip(settings.sides, (d_out, d_in), strict=True))
+        widest, together = max(left, right), min(count, batch_size(d_out, d_in, device))
+        alone = 5 * widest + 2 * min(d_in, d_out) ** 2 + 3 * d_in * d_out
+        most = max(most, 8 * alone, 8 * together * (left + right + 3 * widest))
+    return most
 
 
 def factor_bytes(shape: Shape, settings: Settings) -> int:

@@ -68,42 +68,45 @@ def chosen_metrics(
 
 def judged_decomposition(
     weight: Tensor,
-    metrics: tuple[Metric, Metric],
+    first: Decomposition,
     stats: LayerStatistics,
     row: Method,
     *,
+    metrics: Callable[[str], tuple[Metric, Metric]],
     rank: int,
     damping: float,
     guard: bool,
     name: str,
 ) -> Judged:
-    """Decomposes `weight (D_OUT, D_IN)` by the metrics of a method or, where `guard` is on, both of them are full
-    matrices and held-out tokens raise suspicion, by the choice among `CHOICES` whose error at `rank` costs least there;
-    by another than the first only where that is certain.
+    """The decomposition of `weight (D_OUT, D_IN)` by the metrics of a method, which is the `first`, or, where `guard`
+    is on, both of them are full matrices and held-out tokens raise suspicion, by the choice among `CHOICES` whose error
+    at `rank` costs least there; by another than the first only where that is certain.
 
     Suspicious is an error that costs the held-out tokens more than `SUSPICION` times the share of what the whole weight
     is worth to them that the metrics predict.
+
+    Args:
+        metrics: what a choice makes of the method's metrics, see `chosen_metrics`.
 
     Raises:
         GfwsvdError: as `decompose`.
     """
     if not guard or None in row.matrices or stats.heldout_g is None:
-        return Judged(decompose(weight, *metrics, damping=damping, name=name), "two-sided", {})
+        return Judged(first, "two-sided", {})
     best: Judged | None = None
     losses: dict[str, float] = {}
     for choice in CHOICES:
-        left, right = chosen_metrics(choice, metrics, stats, row)
-        found = decompose(weight, left, right, damping=damping, name=name)
+        found = first if best is None else decompose(weight, *metrics(choice), damping=damping, name=name)
         up, down = found.factors(weight, rank)
         costs = heldout_costs(weight.double() - up @ down, stats)
         losses[choice] = costs.mean().item()
         if best is None:
-            best, first = Judged(found, choice, losses), costs
+            best, first_costs = Judged(found, choice, losses), costs
             energy = found.spectrum.square()
             predicted = (energy[rank:].sum() / energy.sum()).item()
             if losses[choice] <= SUSPICION * predicted * heldout_costs(weight.double(), stats).mean().item():
                 return best
-        elif losses[choice] < losses[best.choice] and _is_certain(first - costs, stats.heldout_lengths):
+        elif losses[choice] < losses[best.choice] and _is_certain(first_costs - costs, stats.heldout_lengths):
             best = Judged(found, choice, losses)
     assert best is not None
     return best

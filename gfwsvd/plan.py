@@ -227,7 +227,7 @@ def _phases(shape: Shape, settings: Settings, hardware: Hardware, collecting: _C
     solving |= {"pivoted": settings.storage == "pivoted", "heldout": settings.heldout_tokens if groups else 0}
     solved = [factorisation(shape, *sizes, **solving) for sizes in shape.linears.values()]
     smaller = weights - saved_bytes(shape, settings)
-    workspace = max(workspace_bytes(*sizes, settings.sides) for sizes in shape.linears.values())
+    workspace = workspace_bytes(shape, settings, hardware.device)
     factors = factor_bytes(shape, settings)
     yield phase(
         "factorisation", itertools.chain(*solved), device=there + workspace, host=workspace // 4, disk=statistics

@@ -1,8 +1,9 @@
 """One layer of a compression: its solution, on disk where asked, and the low-rank layer that is made of it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from . import pivot
 from .calibration import Statistics
 from .errors import GfwsvdError
+from .factorize import whitened_decomposition
 from .feedback import whole_numbered
 from .guard import chosen_metrics, judged_decomposition
 from .layers import LowRankLinear, dense_weight, layer_device, loaded, weight_shape
@@ -18,7 +20,7 @@ from .methods import Method
 from .metrics import Metric, objective
 from .packed import NUMBERS
 from .ranks import Candidate, Cost
-from .whiten import Root, root
+from .whiten import Root, root, roots
 from .work import Work
 
 
@@ -29,6 +31,7 @@ class Solution(NamedTuple):
     soundness: dict[str, Any]
 
 
+Roots = tuple[Root, Root]  # of the left and the right metric of a layer
 # Gives `up (D_OUT, R)` and `down (R, D_IN)` of the largest rank R that stores less than the weight; any lower rank is
 # the first part of them. They are in the weight's dtype, but at least float32 for a pivoted form, which is made of
 # their product: at most twice the layer's own size in float32.
@@ -49,6 +52,7 @@ def solve(
     row: Method,
     *,
     blank: Candidate,
+    roots: Callable[[], Roots],
     work: Work | None,
     **settings: Any,
 ) -> tuple[Solution, Factors]:
@@ -56,6 +60,7 @@ def solve(
 
     Args:
         blank: the layer before its spectrum is known.
+        roots: gives the roots of those metrics.
         work: where the solution is kept; it is taken from there if statistics of the same numbers left it, and the
             factors are read when they are asked for.
         settings: the share `keep` at whose rank the guard compares, and `damping` and `guard` as in `compress`.
@@ -64,12 +69,12 @@ def solve(
         GfwsvdError: see `factorize.decompose` and `work.Work`.
     """
     if work is None:
-        solution, up, down = _solved(name, module, statistics, row, blank=blank, **settings)
+        solution, up, down = _solved(name, module, statistics, row, blank=blank, roots=roots, **settings)
         return solution, lambda: (up, down)
     key = _key(name, statistics)
     kept = work.load(f"{key}.spectrum")
     if kept is None:
-        solution, up, down = _solved(name, module, statistics, row, blank=blank, **settings)
+        solution, up, down = _solved(name, module, statistics, row, blank=blank, roots=roots, **settings)
         work.save(f"{key}.factors", {"up": up, "down": down}, {})
         spectrum = {"spectrum": solution.candidate.spectrum}
         work.save(f"{key}.spectrum", spectrum, solution.soundness)  # last: where it is, the factors are
@@ -85,6 +90,7 @@ def _solved(
     row: Method,
     *,
     blank: Candidate,
+    roots: Callable[[], Roots],
     keep: float,
     damping: float,
     guard: bool,
@@ -92,9 +98,10 @@ def _solved(
     weight = dense_weight(module).to(layer_device(module))
     judged = judged_decomposition(
         weight,
-        metrics_of(statistics, name, row),
+        whitened_decomposition(weight, *roots(), name=name),
         statistics.layers[name],
         row,
+        metrics=partial(metrics_of, statistics, name, row),
         rank=blank.largest_within(int(keep * blank.dense)),
         damping=damping,
         guard=guard,
@@ -134,6 +141,23 @@ def metrics_of(statistics: Statistics, name: str, row: Method, choice: str | Non
     stats = statistics.layers[name]
     metrics = row.left(stats, statistics.num_losses), row.right(stats)
     return metrics if choice is None else chosen_metrics(choice, metrics, stats, row)
+
+
+def roots_of(
+    linears: Mapping[str, nn.Module], statistics: Statistics, row: Method, *, damping: float
+) -> dict[str, Roots]:
+    """The roots of the metrics of layers of one shape, found together on the device of the first one.
+
+    Raises:
+        GfwsvdError: see `whiten.roots`.
+    """
+    device = layer_device(next(iter(linears.values())))
+    pairs = [metrics_of(statistics, name, row) for name in linears]
+    found = []
+    for side, metrics in zip(("left", "right"), zip(*pairs, strict=True), strict=True):
+        there = [None if metric is None else metric.to(device) for metric in metrics]
+        found.append(roots(there, damping=damping, names=[f"the {side} metric of layer {name}" for name in linears]))
+    return dict(zip(linears, zip(*found, strict=True), strict=True))
 
 
 def with_gains(factors: Factors, gains: Tensor | None) -> Factors:

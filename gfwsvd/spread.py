@@ -5,15 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .calibration import Statistics, Track
 from .gains import half_curvature
-from .layers import LowRankLinear, weight_shape
+from .layers import LowRankLinear, layer_device, weight_shape
 from .methods import Method
 from .ranked import gathered, owners, rank, send, share, shared_errors
 from .ranks import Candidate, Cost
-from .solve import Built, Factors, Solution, blank_layer, low_rank, metrics_of, solve
+from .solve import Built, Factors, Roots, Solution, blank_layer, low_rank, metrics_of, roots_of, solve
+from .whiten import batch_size
 
 
 def solve_layers(
@@ -22,24 +24,35 @@ def solve_layers(
     row: Method,
     *,
     blanks: Mapping[str, Candidate],
+    damping: float,
     track: Track,
     **settings: Any,
 ) -> tuple[dict[str, Solution], dict[str, Factors]]:
     """The solutions of all layers, and the factors of those that are this rank's.
 
     Args:
-        blanks, settings: see `solve.solve`.
+        blanks, damping, settings: see `solve.solve`.
 
     Raises:
         GfwsvdError: on all ranks, what `solve.solve` raises on one.
     """
+    batch_of = {name: batch for batch in _batches(linears) for name in batch}
     mine = _mine(linears)
     solutions: dict[str, Solution] = {}
     factors: dict[str, Factors] = {}
+    waiting: dict[str, Roots] = {}
+
+    def roots(name: str) -> Roots:
+        if name not in waiting:
+            waiting.clear()  # of the batch before, what nobody asked for
+            batch = {other: linears[other] for other in batch_of[name]}
+            waiting.update(roots_of(batch, statistics, row, damping=damping))
+        return waiting.pop(name)
+
     with shared_errors():
         for name in track(mine, f"{row.name}: {len(mine)} layers"):
-            module, blank = linears[name], blanks[name]
-            solutions[name], factors[name] = solve(name, module, statistics, row, blank=blank, **settings)
+            given = {"blank": blanks[name], "roots": partial(roots, name), "damping": damping, **settings}
+            solutions[name], factors[name] = solve(name, linears[name], statistics, row, **given)
     found = _merged(solutions)
     return {name: found[name] for name in linears}, factors
 
@@ -108,13 +121,31 @@ def curvatures(layers: Mapping[str, LowRankLinear], statistics: Statistics, row:
     return _merged(found)
 
 
+def _batches(linears: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
+    """The layers, in batches of one shape on one device whose roots are found together. The same in every job and after
+    an interruption, since the last bits on a GPU depend on what is in a batch."""
+    equal: dict[tuple[torch.device, tuple[int, int]], list[str]] = {}
+    for name, module in linears.items():
+        equal.setdefault((layer_device(module), weight_shape(module)), []).append(name)
+    batches: list[tuple[str, ...]] = []
+    for (device, shape), names in equal.items():
+        size = batch_size(*shape, device.type)
+        batches += [tuple(names[start : start + size]) for start in range(0, len(names), size)]
+    return batches
+
+
 def _owners(linears: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The rank that solves and builds each layer."""
-    shapes = {name: weight_shape(module) for name, module in linears.items()}
-    return owners({name: float(d_out * d_in * min(d_out, d_in)) for name, (d_out, d_in) in shapes.items()})
+    """The rank that solves and builds each layer: one for a batch."""
+    batches = {batch[0]: batch for batch in _batches(linears)}
+    costs = {}
+    for first, batch in batches.items():
+        d_out, d_in = weight_shape(linears[first])
+        costs[first] = float(d_out * d_in * min(d_out, d_in) * len(batch))
+    return {name: owner for first, owner in owners(costs).items() for name in batches[first]}
 
 
 def _mine(linears: Mapping[str, nn.Module]) -> list[str]:
+    """The layers of this rank, those of a batch after each other."""
     return [name for name, owner in _owners(linears).items() if owner == rank()]
 
 

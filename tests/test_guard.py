@@ -1,5 +1,7 @@
 """The guard: metrics that cost held-out tokens more than simpler ones are not used."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import gradients_per_token, symmetric
@@ -57,7 +59,10 @@ def _judge(stats, *, guarded=True, method="kfac", rank=RANK):
     row = METHODS[method]
     weight = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(3))
     metrics = row.left(stats, stats.num_tokens), row.right(stats)
-    return weight, metrics, judged_decomposition(weight, metrics, stats, row, guard=guarded, rank=rank, **OPTIONS)
+    first = decompose(weight, *metrics, **OPTIONS)
+    changed = partial(chosen_metrics, metrics=metrics, stats=stats, row=row)
+    judged = judged_decomposition(weight, first, stats, row, metrics=changed, guard=guarded, rank=rank, **OPTIONS)
+    return weight, metrics, judged
 
 
 def test_metrics_that_hold_for_held_out_tokens_are_kept():

@@ -10,14 +10,22 @@ from test_sources import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained, save_statistics
+from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained, save_statistics, whiten
 from gfwsvd import hardware as hardware_module
 from gfwsvd.calibration import silent
 from gfwsvd.cli import app
 from gfwsvd.cli_plan import duration
 from gfwsvd.collecting import collection
 from gfwsvd.effort import Shape, flops, model_pass
-from gfwsvd.footprint import Settings, activation_bytes, gain_bytes, round_bytes, uniform_ranks
+from gfwsvd.footprint import (
+    Settings,
+    activation_bytes,
+    factor_bytes,
+    gain_bytes,
+    round_bytes,
+    uniform_ranks,
+    workspace_bytes,
+)
 from gfwsvd.gains import fitted_gains
 from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
@@ -25,10 +33,12 @@ from gfwsvd.kronecker import Sweep
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
 from gfwsvd.losses import next_token_loss
 from gfwsvd.memory import bytes_in_use
+from gfwsvd.methods import METHODS
 from gfwsvd.plan import estimate, plan
 from gfwsvd.ranks import Candidate
 from gfwsvd.refine import refined
 from gfwsvd.skeleton import model_shape, shape_of
+from gfwsvd.spread import solve_layers
 from gfwsvd.statistics import LayerStatistics
 from gfwsvd.work import open_work
 from gfwsvd_kernels import reference
@@ -52,6 +62,12 @@ MACHINE = Hardware(
 CURVES = {**MACHINE.curves} | {f"{kind} bfloat16": MACHINE.curves[f"{kind} float32"] for kind in ("matmul", "thin")}
 GPU = replace(MACHINE, device="cuda")
 SETTINGS = Settings(sequences=16, seq_len=16, batch_size=4)
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch):
+    """A GPU of a few megabytes has no room for the roots of many layers."""
+    monkeypatch.setattr(whiten, "BATCH_NUMBERS", {})
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +496,25 @@ def test_groups_and_memory_of_a_calibration_on_a_cpu_are_as_planned(groups, tmp_
     assert found == {str(groups)}
     sweep = planned(limit).phases[1].host_bytes
     assert 0.6 * sweep < weights + live.peak <= sweep
+
+
+@pytest.mark.parametrize("together", [1, 3, 14])
+def test_the_memory_of_a_factorisation_is_planned_with_the_roots_that_are_found_together(together, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setitem(whiten.BATCH_NUMBERS, "cpu", together * 2 * 64**2)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)).eval()
+    statistics, row, linears = calibrate(model, batches(SETTINGS)), METHODS["gfwsvd"], find_linears(model)
+    settings = {"keep": 0.8, "damping": 0.01, "guard": False, "work": None, "track": silent}
+    settings["blanks"] = {name: Candidate(64, 64, torch.zeros(64)) for name in linears}
+    there = [*model.parameters(), *(value for stats in statistics.layers.values() for value in vars(stats).values())]
+    with Live() as live:
+        live.known.update(value.untyped_storage()._cdata for value in there if isinstance(value, torch.Tensor))
+        solve_layers(linears, statistics, row, **settings)
+    shape = shape_of(model)
+    planned = workspace_bytes(shape, SETTINGS, "cpu") + factor_bytes(shape, replace(SETTINGS, storage="factors"))
+    assert 0.5 * planned < live.peak <= planned
 
 
 def test_the_best_of_what_was_measured_stands_beside_the_plan():

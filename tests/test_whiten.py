@@ -5,9 +5,11 @@ import pytest
 import torch
 from oracles import nan_above, psd
 
+from gfwsvd import whiten
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.whiten import root
+from gfwsvd.whiten import batch_size, root, roots
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SIZE = 9
 NAME = "the left metric of layer blocks.3.up_proj"
 METRICS = {
@@ -166,3 +168,36 @@ def test_the_damping_that_the_error_asks_for_is_enough():
 def test_a_damping_that_is_no_share_is_refused(damping):
     with pytest.raises(GfwsvdError, match="damping"):
         root(psd(SIZE), damping=damping, name=NAME)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_roots_found_together_are_those_found_alone(device):
+    matrices = [psd(SIZE), 1e-6 * psd(SIZE).float(), psd(SIZE, rank=4), psd(SIZE) + torch.eye(SIZE)]
+    names = [f"the left metric of layer {number}" for number in range(4)]
+    metrics = [nan_above(matrix).to(device) for matrix in matrices]
+    found = roots(metrics, damping=0.0, names=names)
+    assert [each.route for each in found] == ["cholesky", "cholesky", "eigh", "cholesky"]
+    for together, metric, name in zip(found, metrics, names, strict=True):
+        alone = root(metric, damping=0.0, name=name)
+        eye = torch.eye(SIZE, dtype=torch.float64, device=device)
+        torch.testing.assert_close(together.times(eye), alone.times(eye), rtol=1e-12, atol=1e-12)
+        assert (together.route, together.damping) == (alone.route, alone.damping)
+        assert together.condition == pytest.approx(alone.condition, rel=1e-6)
+    for metrics in ([None] * 4, [torch.arange(1.0, SIZE + number) for number in range(4)]):
+        found = roots(metrics, damping=0.1, names=names)
+        assert [each.route for each in found] == ["identity" if metrics[0] is None else "diagonal"] * 4
+
+
+def test_a_metric_without_a_root_among_others_is_refused_by_its_own_name():
+    for broken, reason in BROKEN.values():
+        if broken.dim() == 2:
+            metrics = [torch.eye(len(broken)), broken, torch.eye(len(broken))]
+            with pytest.raises(GfwsvdError, match=f"^the second .*{reason}"):
+                roots(metrics, damping=1e-3, names=["the first", "the second", "the third"])
+
+
+def test_only_on_a_gpu_are_roots_found_together_and_of_wide_layers_one_by_one():
+    assert batch_size(576, 1536, "cpu") == 1
+    assert batch_size(4096, 4096, "cuda") == 1
+    assert batch_size(576, 1536, "cuda") == 6
+    assert 6 * (576**2 + 1536**2) <= whiten.BATCH_NUMBERS["cuda"]
