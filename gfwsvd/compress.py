@@ -13,7 +13,6 @@ from .errors import GfwsvdError
 from .gains import Fitted, check_gains, fitted_gains
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
-from .losses import next_token_loss
 from .methods import KRONECKER, Method, method_named
 from .outcome import CompressionReport as CompressionReport
 from .outcome import LayerReport as LayerReport
@@ -77,10 +76,10 @@ def compress(
             rank lies between, it is the last one below `high`.
         latency: global ranks minimise the predicted loss within the share `keep` of the layers' time by this table.
         rounds: so many times global ranks are allocated again, by what the errors of the layers cost at the compressed
-            model, measured on the first of `batches` (`refine.py`). The model is in memory twice meanwhile.
-        gains: so many steps of fitting one gain for each output of the low-rank layers, on `batches`, by how far the
-            compressed model's predictions are from the dense one's, or by a `loss` that is given (`gains.py`). They are
-            part of the factors afterwards. The model is in memory twice meanwhile.
+            model (`refine.py`): by how far its predictions are from the dense one's on the first of `batches`, or by a
+            `loss` that is given. The model is in memory twice meanwhile.
+        gains: so many steps of fitting one gain for each output of the low-rank layers, on `batches`, by the same
+            (`gains.py`). They are part of the factors afterwards. The model is in memory twice meanwhile.
         storage: "pivoted" stores a low-rank layer as some of its rows and the coefficients of the others, hence more
             ranks in the same size, except where two factors are smaller or rounding to half precision would cost more
             than the ranks bring; "factors" stores two factors everywhere.
@@ -169,10 +168,10 @@ def compress(
             linears,
             candidates,
             list(batches or ()),
-            loss or next_token_loss("empirical", seed),
             rounds=rounds,
             allocate=lambda scaled: allocate(scaled, **spend),
             build=plain,
+            loss=loss,
             track=track,
         )
     fitted = Fitted({}, [])

@@ -121,19 +121,21 @@ def saved_bytes(shape: Shape, settings: Settings) -> int:
 
 
 def round_bytes(shape: Shape, settings: Settings) -> int:
-    """Device memory of a round beside the model: all low-rank layers as two factors, a batch, and for the widest layer
-    both outputs, their difference and its product with the gradient in float32."""
+    """Device memory of a round beside the model: all low-rank layers as two factors, a batch, predictions of the dense
+    model in float32, as logits and as logarithms, and for the widest layer both outputs, their difference and its
+    product with the gradient in float32."""
     ranks = uniform_ranks(shape, settings).items()
     layers = sum(_layer_bytes(*shape.linears[name], rank, False, None, shape.dtype) for name, rank in ranks if rank)
-    return layers + activation_bytes(shape, settings) + 4 * 4 * settings.batch_tokens * shape.widest
+    numbers = 4 * shape.widest + 2 * shape.vocabulary
+    return layers + activation_bytes(shape, settings) + 4 * settings.batch_tokens * numbers
 
 
 def gain_bytes(shape: Shape, settings: Settings) -> int:
-    """Device memory of gains beside the model: that of a round, another copy of the up factors, and predictions of the
-    dense model in float32, as logits and as logarithms."""
+    """Device memory of gains beside the model: that of a round, and another copy of the up factors."""
     ranks = uniform_ranks(shape, settings).items()
-    ups = sum(shape.linears[name][1] * rank * shape.itemsize for name, rank in ranks if rank)
-    return round_bytes(shape, settings) + ups + 2 * 4 * settings.batch_tokens * shape.vocabulary
+    return round_bytes(shape, settings) + sum(
+        shape.linears[name][1] * rank * shape.itemsize for name, rank in ranks if rank
+    )
 
 
 @cache

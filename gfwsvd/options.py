@@ -77,7 +77,7 @@ SpreadDevice = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="on a GPU: the same bits at every run, at some cost of time")
 ]
-_ROUNDS = "allocate ranks so often again, by the loss of the compressed model on {}"
+_ROUNDS = "allocate ranks so often again, by how far predictions on {} are from the dense ones"
 _GAINS = "steps of fitting a gain of each output, so that predictions on {} stay the dense ones"
 Rounds = Annotated[int, typer.Option("--rounds", min=0, help=_ROUNDS.format("--text"))]
 Gains = Annotated[int, typer.Option("--gains", min=0, help=_GAINS.format("--text"))]

@@ -81,10 +81,10 @@ class CompressionReport:
         guard: whether held-out tokens could change the metrics of a layer.
         bits: of the factors of low-rank layers where they are whole numbers, else None.
         round_losses: mean loss of the compressed model, as two factors, at the first ranks and after each round of
-            allocation, in this order; the ranks of the lowest were taken. Empty without rounds.
-        gain_losses: mean loss of the compressed model, as two factors, on the batches held out from gains, without them
-            and after each step, in this order: divergence from the dense model, or the loss that was given. Empty
-            where there are no gains.
+            allocation, in this order: divergence from the dense model, or the loss that was given; the ranks of the
+            lowest were taken. Empty without rounds.
+        gain_losses: the same on the batches held out from gains, without them and after each step. Empty where there
+            are no gains.
     """
 
     method: str

@@ -278,10 +278,12 @@ def _pass(shape: Shape, settings: Settings, collecting: _Collecting, *, times: f
 
 
 def _measured(shape: Shape, settings: Settings, *, backward: bool) -> list[Step]:
-    """Two factors for every layer, and the loss of the model with them; with `backward` what errors cost too."""
+    """Two factors for every layer, and how far the model with them is from the dense one, which runs too; with
+    `backward` what errors cost as well."""
     tokens, ranks, times = settings.batch_tokens, uniform_ranks(shape, settings), settings.round_batches
     # Their part of the largest rank, in the dtype of the model
     steps = [moves(rank * sum(shape.linears[name]), 2) for name, rank in ranks.items() if rank is not None]
+    steps += model_pass(shape, tokens, settings.seq_len, backward=False, times=times)
     steps += model_pass(shape, tokens, settings.seq_len, backward=backward, times=times, ranks=ranks)
     return steps + costs(shape, tokens, ranks=ranks, times=times * backward)
 

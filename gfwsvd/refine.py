@@ -1,7 +1,8 @@
-"""Ranks by what the loss says of the compressed model: there the errors of all layers meet, and what each costs is no
-longer what the metrics, which are of the dense model, predict.
+"""Ranks by how far the compressed model is from the dense one: there the errors of all layers meet, and what each
+costs is no longer what the metrics, which are of the dense model, predict.
 
-Let E be what is cut off a layer's weight. If the model had `a E` of it back, its loss would fall at first by
+Let E be what is cut off a layer's weight. If the model had `a E` of it back, its loss, which is by default the
+divergence of its predictions from those of the dense model, would fall at first by
 `-dL/da = sum <g, E x>`, which one backward pass gives for all layers at once; by the prediction p it falls by 2 p. The
 ratio of the two scales what the layer's spectrum predicts, and ranks are allocated again.
 """
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GfwsvdError
-from .joint import See, first_tokens, measured
+from .joint import See, first_tokens, measured, placed
 from .layers import LowRankLinear, dense_weight, loaded
-from .losses import Batch, Loss
+from .losses import Batch, Loss, divergence
 from .methods import Method
 from .ranks import Candidate
 from .track import Track
@@ -46,7 +47,7 @@ def takes_rounds(ranks: str, row: Method) -> bool:
 
 
 class Refined(NamedTuple):
-    """Ranks chosen by the loss.
+    """Ranks chosen by the loss of the compressed model.
 
     Attributes:
         ranks: those of the round with the lowest loss; None for a layer that stays dense.
@@ -64,11 +65,11 @@ def refined(
     linears: Mapping[str, nn.Module],
     candidates: Mapping[str, Candidate],
     batches: Sequence[Batch],
-    loss: Loss,
     *,
     rounds: int,
     allocate: Callable[[Mapping[str, Candidate]], Ranks],
     build: Callable[[Ranks], Mapping[str, LowRankLinear]],
+    loss: Loss | None = None,
     track: Track[Any],
 ) -> Refined:
     """Allocates ranks; then `rounds` times measures what each layer's error costs at the compressed model and allocates
@@ -79,6 +80,7 @@ def refined(
         batches: at least one; in a job of several processes the same in all, which share them.
         allocate: ranks by the predicted losses of candidates.
         build: the low-rank layers of some ranks.
+        loss: by default the divergence of the model's predictions from those of the dense one.
 
     Raises:
         GfwsvdError: when the loss is NaN or inf, and what `build` raises.
@@ -87,6 +89,7 @@ def refined(
     losses: list[float] = []
     found = Refined({}, losses, scales)
     few = first_tokens(batches, ROUND_TOKENS)
+    loss = loss or divergence(lambda model: placed(model, linears))
     for number in range(rounds + 1):
         ranks = allocate({name: _scaled(candidate, scales[name]) for name, candidate in candidates.items()})
         layers = build(ranks)

@@ -102,8 +102,8 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _ROUNDS = (
-    "Ranks were allocated again {steps} times by the loss of the compressed model: {losses}; "
-    "those of the lowest were taken."
+    "Ranks were allocated again {steps} times by the compressed model's divergence from the dense one, or the loss "
+    "that was given: {losses}; those of the lowest were taken."
 )
 _GAINS = (
     "Gains of outputs were fitted in {steps} steps. The divergence from the dense model, or the loss that was given, "

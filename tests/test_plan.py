@@ -10,7 +10,7 @@ from test_sources import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from gfwsvd import GfwsvdError, calibrate, compress, load_model, save_pretrained, save_statistics, whiten
+from gfwsvd import GfwsvdError, calibrate, compress, joint, load_model, save_pretrained, save_statistics, whiten
 from gfwsvd import hardware as hardware_module
 from gfwsvd.calibration import silent
 from gfwsvd.cli import app
@@ -31,7 +31,7 @@ from gfwsvd.hardware import Curve, Hardware, measure
 from gfwsvd.hooks import frozen
 from gfwsvd.kronecker import Sweep
 from gfwsvd.layers import LowRankLinear, find_linears, weight_shape
-from gfwsvd.losses import next_token_loss
+from gfwsvd.losses import divergence, next_token_loss
 from gfwsvd.memory import bytes_in_use
 from gfwsvd.methods import METHODS
 from gfwsvd.plan import estimate, plan
@@ -326,7 +326,7 @@ def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
 
     def loss(model, batch):
         passes.append(batch["input_ids"].numel())
-        return next_token_loss("empirical", 0)(model, batch)
+        return divergence(lambda model: joint.placed(model, linears))(model, batch)
 
     candidates = {name: Candidate(*weight_shape(module), torch.ones(64)) for name, module in linears.items()}
     with FlopCounterMode(display=False) as counter:
@@ -335,10 +335,10 @@ def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
             linears,
             candidates,
             batches(settings),
-            loss,
             rounds=rounds,
             allocate=lambda _: ranks,
             build=build,
+            loss=loss,
             track=silent,
         )
     counted = counter.get_flop_counts()["Global"]
@@ -347,7 +347,7 @@ def test_rounds_take_the_products_that_torch_counts(rounds, seq_len):
     products = sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
     assert sum(phase.flops for phase in measured) == pytest.approx(products, rel=1e-12)
     assert sum(passes) == (rounds + 1) * settings.round_batches * settings.batch_tokens
-    beside = activation_bytes(shape, settings) + 16 * settings.batch_tokens * shape.widest
+    beside = activation_bytes(shape, settings) + settings.batch_tokens * (16 * shape.widest + 8 * shape.vocabulary)
     assert {round_bytes(shape, settings) - beside} == sizes
 
 
