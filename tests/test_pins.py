@@ -13,7 +13,11 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "requirements").glob("*.txt"))
 OWN_ENVIRONMENT = {"vllm.txt": "that of `make test-vllm`", "audit.txt": "that of `make audit`"}
-LOCKS = {"dev.lock": ["dev.txt", "models.txt"], "audit.lock": ["audit.txt"]}
+LOCKS = {
+    "dev.lock": ["dev.txt", "models.txt"],
+    "vllm.lock": ["vllm.txt", "models.txt"],
+    "audit.lock": ["audit.txt"],
+}
 
 
 def lines(file: Path) -> list[str]:
