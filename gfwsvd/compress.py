@@ -10,7 +10,7 @@ from torch import nn
 from .bounds import Bound, bounds_of, check_bounds
 from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration, calibrate, silent
 from .errors import GfwsvdError
-from .gains import Fitted, check_gains, fitted_gains
+from .gains import Fitted, check_gains, fitted_gains, spread
 from .latency import LatencyTable
 from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
 from .methods import KRONECKER, Method, method_named
@@ -184,6 +184,7 @@ def compress(
             list(batches or ()),
             steps=gains,
             curvatures=curvatures(low_rank, statistics, row),
+            deviation=spread(candidates[name].lost_share(layer.rank) for name, layer in low_rank.items()),
             loss=loss,
             work=work,
             track=track,

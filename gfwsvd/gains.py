@@ -4,7 +4,7 @@ Factors are the best for each layer by itself: by its metrics no factor times an
 But errors meet in the model, where they shrink and turn what later layers see, and that a gain of each output can take
 back in part. Let outputs y = Ŵ x of a layer become (1 + a) y. One backward pass gives the slopes of the loss by all a
 at once, `sum <g_i, y_i>`, and the layer's metrics half of its curvature by each a_i, `left_ii (Ŵ right Ŵᵀ)_ii`. From
-both comes a Newton step, drawn towards zero by how large gains are expected to be beforehand (`PRIOR`). Steps of
+both comes a Newton step, drawn towards zero by how large gains are expected to be beforehand (`spread`). Steps of
 different layers add up, for the same errors call for all of them, so only a share of each is made, and smaller ones
 until the loss of held-out batches falls.
 
@@ -12,7 +12,8 @@ Gains are multiplied into the factors: they take no memory and no time.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from .work import Work
 
 STEP_TOKENS = 4096  # of a step, at least, where the batches hold so many
 HELDOUT_TOKENS = 4096  # at the end of the batches, likewise
-PRIOR = 0.2  # standard deviation of gains beforehand
+SMALLEST = 1e-6  # standard deviation of gains beforehand
 MOMENTUM = 0.6  # of a step goes into the next one
 FIRST_RATE = 0.1  # the share of a step that is tried first
 FASTER, SLOWER, TRIES = 1.25, 0.5, 6  # what it is multiplied by where the loss fell, and where not; how often at most
@@ -62,6 +63,13 @@ class Fitted(NamedTuple):
     losses: list[float]
 
 
+def spread(lost: Iterable[float]) -> float:
+    """How far gains are expected to be from one beforehand, as a standard deviation: as far as outputs are from those
+    of the dense layers, in root mean square over the layers, of which each lost a share (`Candidate.lost_share`)."""
+    shares = list(lost)
+    return max(math.sqrt(sum(shares) / len(shares)), SMALLEST)
+
+
 def half_curvature(layer: LowRankLinear, left: Metric, right: Metric) -> Tensor:
     """`left_ii (Ŵ right Ŵᵀ)_ii` of the layer's weight Ŵ, (D_OUT,) float64: what the square of an output's gain, less
     one, costs by metrics that predict the loss."""
@@ -79,6 +87,7 @@ def fitted_gains(
     *,
     steps: int,
     curvatures: Mapping[str, Tensor],
+    deviation: float,
     loss: Loss | None = None,
     work: Work | None = None,
     track: Track[Any],
@@ -92,6 +101,7 @@ def fitted_gains(
         batches: at least two, or without a `loss` one of several sequences; in a job of several processes the same in
             all, which share them. The last ones are held out, and what does not lower their loss is not done.
         curvatures: `half_curvature` of each of the layers.
+        deviation: of the gains from one that is expected beforehand, see `spread`.
         loss: by default the divergence of the model's predictions from those of the dense one.
         work: where the gains are kept after each step; a later call of the same arguments goes on from there.
 
@@ -128,7 +138,8 @@ def fitted_gains(
         title = f"gains, step {number + 1} of {steps}"
         part = parts[number % len(parts)]
         _, slopes = measured(model, layers, part, loss, see=output_slopes(layers), title=title, track=track)
-        newton = _newton(slopes, curvatures, now.gains, tokens=sum(map(num_tokens, part)))
+        ridge = 0.5 / (deviation**2 * sum(map(num_tokens, part)))
+        newton = _newton(slopes, curvatures, now.gains, ridge)
         now = _stepped(now, newton, judge, title)
         place(now.gains)
         if kept is not None:
@@ -198,10 +209,9 @@ def output_slopes(layers: Mapping[str, LowRankLinear]) -> See:
 
 
 def _newton(
-    slopes: Mapping[str, Tensor], curvatures: Mapping[str, Tensor], gains: Mapping[str, Tensor], *, tokens: int
+    slopes: Mapping[str, Tensor], curvatures: Mapping[str, Tensor], gains: Mapping[str, Tensor], ridge: float
 ) -> dict[str, Tensor]:
     """What to add to the gains, relative to them, if each layer's step were the only one."""
-    ridge = 0.5 / (PRIOR**2 * tokens)
     return {
         name: -0.5 * slopes[name].to(gain) / (curvatures[name].to(gain) * gain.square() + ridge)
         for name, gain in gains.items()

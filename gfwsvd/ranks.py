@@ -88,6 +88,11 @@ class Candidate:
         energy = self.spectrum.double().square()
         return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
+    def lost_share(self, rank: int) -> float:
+        """Loss at `rank` over that of a layer that is zero, 0 to 1."""
+        tails = self.tails()
+        return (tails[rank] / tails[0]).item() if tails[0] > 0 else 0.0
+
 
 Cost = Callable[[Candidate, int | None], float]  # of a layer at a rank, or dense; `Candidate.stored` is one
 

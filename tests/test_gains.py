@@ -1,24 +1,27 @@
 """Gains of outputs: slopes and curvatures against float64, only what lowers the held-out loss, folded into factors."""
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
 import torch
-from oracles import Reweighted, psd
+from oracles import Reweighted, psd, symmetric
 
 from gfwsvd import gains
 from gfwsvd.calibration import calibrate, silent
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
-from gfwsvd.gains import HELDOUT_TOKENS, PRIOR, STEP_TOKENS, fitted_gains, half_curvature, output_slopes
+from gfwsvd.gains import HELDOUT_TOKENS, STEP_TOKENS, fitted_gains, half_curvature, output_slopes
 from gfwsvd.joint import measured, placed
-from gfwsvd.layers import LowRankLinear, find_linears
+from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
 from gfwsvd.losses import divergence, next_token_loss
+from gfwsvd.methods import METHODS
 from gfwsvd.metrics import objective
 from gfwsvd.work import open_work
 from tiny_models import cut, random_tokens, tiny_model
 
+COMPRESS = sys.modules["gfwsvd.compress"]  # which the package names the function in it by
 BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]
 PADDED = {**BATCHES[0], "attention_mask": torch.ones(4, 12).tril(8)}
 LOSS = next_token_loss("empirical", 0)
@@ -32,7 +35,7 @@ def statistics():
 @pytest.fixture
 def bold(monkeypatch):
     """Steps that show on a few tokens of a random model."""
-    monkeypatch.setattr(gains, "PRIOR", 10.0)
+    monkeypatch.setattr(COMPRESS, "spread", lambda lost: 10.0)
     monkeypatch.setattr(gains, "FIRST_RATE", 0.5)
 
 
@@ -101,9 +104,9 @@ def test_the_first_step_is_a_share_of_newtons_by_as_many_tokens_as_there_are():
     linears, layers, again = find_linears(model), cut(model, 8), cut(model, 8)
     loss = divergence(lambda model: placed(model, linears))
     curvatures = {name: torch.rand(len(layer.up), dtype=torch.float64) for name, layer in layers.items()}
-    fitted = fitted_gains(model, linears, layers, BATCHES, steps=1, curvatures=curvatures, track=silent)
+    fitted = fitted_gains(model, linears, layers, BATCHES, steps=1, curvatures=curvatures, deviation=0.2, track=silent)
     _, slopes = measured(model, again, BATCHES[:2], loss, see=output_slopes(again), title="", track=silent)
-    newton = {name: -slopes[name] / (2 * curvatures[name] + 1 / (PRIOR**2 * 2 * 48)) for name in layers}
+    newton = {name: -slopes[name] / (2 * curvatures[name] + 1 / (0.2**2 * 2 * 48)) for name in layers}
     shares = torch.cat([(fitted.gains[name] - 1) / newton[name] for name in layers])
     assert shares.std() < 1e-6 * shares.mean()
     assert (
@@ -173,7 +176,9 @@ def test_each_step_is_on_further_text_and_the_end_is_held_out():
         seen.append((int(batch["input_ids"][0, 0]) - 3, torch.is_grad_enabled()))
         return LOSS(model, {"input_ids": batch["input_ids"][:1]})
 
-    fitted_gains(model, linears, layers, batches, steps=6, curvatures=curvatures, loss=loss, track=silent)
+    fitted_gains(
+        model, linears, layers, batches, steps=6, curvatures=curvatures, deviation=0.2, loss=loss, track=silent
+    )
     held_out = HELDOUT_TOKENS // (STEP_TOKENS // 2)
     assert {number for number, grad in seen if not grad} == set(range(11 - held_out, 11))
     fitted_on = [number for number, grad in seen if grad]
@@ -184,7 +189,7 @@ def test_gains_that_were_interrupted_go_on_after_their_last_step_to_the_same_bit
     model = tiny_model("llama")
     linears = find_linears(model)
     curvatures = {name: torch.ones(len(layer.up)) for name, layer in cut(model, 8).items()}
-    fit = partial(fitted_gains, model, linears, batches=BATCHES, steps=4, curvatures=curvatures)
+    fit = partial(fitted_gains, model, linears, batches=BATCHES, steps=4, curvatures=curvatures, deviation=0.2)
     whole, layers = cut(model, 8), cut(model, 8)
     expected = fit(whole, track=silent)
     titles = []
@@ -206,6 +211,34 @@ def test_gains_that_were_interrupted_go_on_after_their_last_step_to_the_same_bit
     assert found.losses == expected.losses and found.losses[-1] < found.losses[0]
     for name, layer in again.items():
         assert torch.equal(found.gains[name], expected.gains[name]) and torch.equal(layer.up, whole[name].up)
+
+
+def test_gains_are_expected_as_far_from_one_as_outputs_are_from_the_dense_ones(statistics, monkeypatch):
+    """By the error of each layer in the damped metrics over that of a layer of zeros, in float64."""
+    given = []
+
+    def spy(*arguments, deviation, **options):
+        given.append(deviation)
+        return fitted_gains(*arguments, deviation=deviation, **options)
+
+    monkeypatch.setattr(COMPRESS, "fitted_gains", spy)
+    model, dense, row = tiny_model("llama"), find_linears(tiny_model("llama")), METHODS["gfwsvd"]
+    for keep in (0.4, 0.8):
+        options = {"keep": keep, "statistics": statistics, "guard": False, "rank_multiple": 1}
+        model = tiny_model("llama")
+        compress(model, **options)
+        lost = []
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear):
+                stats, weight = statistics.layers[name], dense_weight(dense[name]).double()
+                metrics = [symmetric(row.left(stats, statistics.num_losses)), symmetric(row.right(stats))]
+                for metric in metrics:
+                    metric.diagonal().add_(0.01 * metric.diagonal().mean())
+                error = weight - module.product(torch.float64)
+                lost.append(objective(error, *metrics) / objective(weight, *metrics))
+        compress(tiny_model("llama"), BATCHES, gains=1, **options)
+        assert given[-1] == pytest.approx((sum(lost) / len(lost)) ** 0.5, rel=1e-4)
+    assert given[1] < 0.7 * given[0]
 
 
 def test_a_model_that_stays_dense_has_no_gains(statistics):

@@ -229,6 +229,7 @@ def test_gains_take_the_products_that_torch_counts(steps, monkeypatch):
             list(batches(settings)),
             steps=steps,
             curvatures=curvatures,
+            deviation=0.2,
             track=silent,
         )
     counted = counter.get_flop_counts()["Global"]
