@@ -201,7 +201,12 @@ def _run(
     for row, report in compressed_rows(model, statistics, wanted, windows, batches=batches, track=bar, dtype=dtype):
         chosen = [layer.metrics for layer in report.layers]
         step = wanted[Run(**{key: row[key] for key in Run.__dataclass_fields__})]
-        yield {"study": study.name, "step": step, **row, "one_sided": len(chosen) - chosen.count("two-sided"), **mine}
+        seen = {
+            "one_sided": len(chosen) - chosen.count("two-sided"),
+            "round_losses": report.round_losses,
+            "gain_losses": report.gain_losses,
+        }
+        yield {"study": study.name, "step": step, **row, **seen, **mine}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
