@@ -14,12 +14,12 @@ from .checks import check_causal, check_stride
 from .errors import GfwsvdError
 from .layers import model_device, model_sha256
 from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating
+from .losses import CHUNK_LOGITS, log_softmax
 from .work import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHUNK_LOGITS = 1 << 23  # at a time: 32 MiB in float32
 _STATE = "evaluation"
 _KEPT_EVERY = 20.0  # seconds: writing the sums takes far less
 
@@ -64,7 +64,7 @@ def evaluate(
 
     Each window is on its own; its S - 1 tokens after the first are predicted. Of overlapping windows, those after the
     first predict only their last `stride` tokens, which the window before did not have: each after S - stride tokens or
-    more. Log-probabilities are in float32 (float64 for a float64 model), sums in float64. About 2**23 logits exist at a
+    more. Log-probabilities are in float32 (float64 for a float64 model), sums in float64. About 2**22 logits exist at a
     time where the model does nothing to them after its output embedding (which the start of the first window shows),
     else those of one batch.
 
@@ -263,16 +263,12 @@ def _scored(values: Tensor, start: int, stride: int) -> Tensor:
 
 def _score(logits: Tensor, expected: Tensor | None, targets: Tensor) -> Tensor:
     """The sums of `_score_batch` of logits (T, V) and those of the reference, for targets (T,)."""
-    logs = _log_softmax(logits)
+    logs = log_softmax(logits)
     loss = -logs.gather(-1, targets[:, None]).double().sum()
     if expected is None:
         return torch.stack([loss, torch.zeros_like(loss), torch.zeros_like(loss)])
     agreements = torch.eq(logits.argmax(-1), expected.argmax(-1)).sum().double()
-    expected_logs = _log_softmax(expected).to(logs.dtype)
+    expected_logs = log_softmax(expected).to(logs.dtype)
     torch.sub(expected_logs, logs, out=logs)  # in place: fresh memory for each step would take longer than the step
     kl = torch.linalg.vecdot(expected_logs.exp_(), logs).double().sum()
     return torch.stack([loss, kl, agreements])
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

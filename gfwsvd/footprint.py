@@ -15,6 +15,7 @@ from .gains import HELDOUT_TOKENS as JUDGED_TOKENS
 from .gains import STEP_TOKENS, check_gains
 from .hardware import Hardware
 from .layers import LowRankLinear
+from .losses import CHUNK_LOGITS
 from .methods import GRADIENTS, INPUTS, KRONECKER, method_named
 from .quantise import check_bits
 from .ranks import Candidate, check_keep, check_storage
@@ -121,13 +122,14 @@ def saved_bytes(shape: Shape, settings: Settings) -> int:
 
 
 def round_bytes(shape: Shape, settings: Settings) -> int:
-    """Device memory of a round beside the model: all low-rank layers as two factors, a batch, predictions of the dense
-    model in float32, as logits and as logarithms, and for the widest layer both outputs, their difference and its
-    product with the gradient in float32."""
+    """Device memory of a round beside the model: all low-rank layers as two factors, what a batch keeps for the
+    backward pass, its logits, those of the dense model and their gradient; in float32 five numbers for each of a chunk
+    of them and, for the widest layer, both outputs, their difference and its product with the gradient."""
     ranks = uniform_ranks(shape, settings).items()
     layers = sum(_layer_bytes(*shape.linears[name], rank, False, None, shape.dtype) for name, rank in ranks if rank)
-    numbers = 4 * shape.widest + 2 * shape.vocabulary
-    return layers + activation_bytes(shape, settings) + 4 * settings.batch_tokens * numbers
+    logits = shape.vocabulary * settings.batch_tokens
+    in_float32 = 5 * min(CHUNK_LOGITS, logits) + 4 * shape.widest * settings.batch_tokens
+    return layers + _kept_bytes(shape, settings) + 3 * logits * shape.itemsize + 4 * in_float32
 
 
 def gain_bytes(shape: Shape, settings: Settings) -> int:
@@ -148,19 +150,22 @@ def _layer_bytes(d_in: int, d_out: int, rank: int, pivoted: bool, bits: int | No
 
 def activation_bytes(shape: Shape, settings: Settings) -> int:
     """Device memory of a batch: what the forward pass keeps for the backward pass, and the loss's copies of logits."""
+    return _kept_bytes(shape, settings) + _logit_bytes(shape, settings)
+
+
+def _kept_bytes(shape: Shape, settings: Settings) -> int:
     inputs = sum(d_in for name, (d_in, _) in shape.linears.items() if shape.leads(name))
     outputs = sum(d_out for _, d_out in shape.running.values())
     # In each block the activation of the MLP, and the norms' inputs and outputs in float32
     block = shape.widest * shape.itemsize + 2 * 2 * 4 * shape.hidden
-    kept = (inputs + outputs) * shape.itemsize + shape.blocks * block
-    return settings.batch_tokens * kept + _logit_bytes(shape, settings)
+    return settings.batch_tokens * ((inputs + outputs) * shape.itemsize + shape.blocks * block)
 
 
 def recomputed_bytes(shape: Shape, settings: Settings) -> int:
     """The same where blocks keep their inputs alone and one at a time runs again."""
-    logits = _logit_bytes(shape, settings)
-    of_block = (activation_bytes(shape, settings) - logits) // shape.blocks
-    return of_block + logits + settings.batch_tokens * shape.blocks * shape.hidden * shape.itemsize
+    of_block = _kept_bytes(shape, settings) // shape.blocks
+    kept = settings.batch_tokens * shape.blocks * shape.hidden * shape.itemsize
+    return of_block + _logit_bytes(shape, settings) + kept
 
 
 def _logit_bytes(shape: Shape, settings: Settings) -> int:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .checks import is_causal
 from .errors import GfwsvdError
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
+CHUNK_LOGITS = 1 << 22  # at a time: 16 MiB in float32, half of what glibc would get anew from the system each time
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
@@ -36,15 +38,29 @@ def next_token_loss(labels: str, seed: int) -> Loss:
 
 def divergence(reference: Callable[[nn.Module], AbstractContextManager[None]]) -> Loss:
     """The Kullback-Leibler divergence of the predictions of `model` from those that it makes within
-    `reference(model)`, without gradient, of each predicted token, in nats."""
+    `reference(model)`, without gradient, of each predicted token, in nats. Beside the logits of both, and their
+    gradient, a chunk of rows exists at a time."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad(), reference(model):
-            expected = _next_tokens(model, batch)[0].float().log_softmax(-1)
-        found = _next_tokens(model, batch)[0].float().log_softmax(-1)
-        return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+            expected = _next_tokens(model, batch)[0]
+        found = _next_tokens(model, batch)[0]
+        rows = max(1, CHUNK_LOGITS // found.shape[-1])
+        parts = zip(found.split(rows), expected.split(rows), strict=True)
+        # The backward pass makes a chunk's logarithms again
+        return torch.cat([checkpoint(_divergences, *part, use_reentrant=False) for part in parts])
 
     return loss
+
+
+def _divergences(found: Tensor, expected: Tensor) -> Tensor:
+    """Of the predictions by logits `found` (T, V) from those by `expected`, (T,)."""
+    return F.kl_div(log_softmax(found), log_softmax(expected), reduction="none", log_target=True).sum(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Logarithms of the probabilities by logits (T, V), in float32 or, for logits in float64, in that."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

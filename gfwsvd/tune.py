@@ -24,11 +24,12 @@ from transformers.trainer_callback import PrinterCallback
 from .calibration import Track, data_sha256, silent
 from .checks import check_causal
 from .errors import GfwsvdError
-from .evaluate import CHUNK_LOGITS, Evaluation, evaluate
+from .evaluate import Evaluation, evaluate
 from .folders import read_json
 from .hooks import frozen
 from .layers import LowRankLinear, model_device, model_sha256
 from .logits import LogitsSource, ReferenceLogits, check_windows
+from .losses import CHUNK_LOGITS
 from .sources import quiet, token_batches, windows
 from .work import Claim, open_work
 
