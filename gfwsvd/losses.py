@@ -48,7 +48,8 @@ def divergence(reference: Callable[[nn.Module], AbstractContextManager[None]]) -
         rows = max(1, CHUNK_LOGITS // found.shape[-1])
         parts = zip(found.split(rows), expected.split(rows), strict=True)
         # The backward pass makes a chunk's logarithms again
-        return torch.cat([checkpoint(_divergences, *part, use_reentrant=False) for part in parts])
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(_divergences, *part, **options) for part in parts])
 
     return loss
 
