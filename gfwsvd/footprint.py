@@ -154,6 +154,7 @@ def activation_bytes(shape: Shape, settings: Settings) -> int:
 
 
 def _kept_bytes(shape: Shape, settings: Settings) -> int:
+    """Of a batch, what the forward pass keeps for the backward pass, but for the loss."""
     inputs = sum(d_in for name, (d_in, _) in shape.linears.items() if shape.leads(name))
     outputs = sum(d_out for _, d_out in shape.running.values())
     # In each block the activation of the MLP, and the norms' inputs and outputs in float32
