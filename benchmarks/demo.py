@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import gfwsvd
 from benchmarks.packaged import packaged_smollm2
-from gfwsvd.compress import CompressionReport
 from gfwsvd.evaluate import generate_sample
 from gfwsvd.folders import check_output_folder
+from gfwsvd.outcome import CompressionReport
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run, comparison, compressed_rows, dense_row
 from gfwsvd.texts import text_name

@@ -21,7 +21,8 @@ import gfwsvd
 from benchmarks import frontier, record
 from benchmarks.packaged import packaged_minilm
 from benchmarks.pairs import load_pairs
-from gfwsvd.calibration import Batch, Statistics, data_sha256
+from gfwsvd.batches import data_sha256
+from gfwsvd.calibration import Batch, Statistics
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run, compressed_models
 

@@ -8,7 +8,8 @@ from torch import nn
 
 import gfwsvd
 from benchmarks import record
-from gfwsvd.calibration import Batch, data_sha256
+from gfwsvd.batches import data_sha256
+from gfwsvd.calibration import Batch
 from gfwsvd.progress import bar
 from gfwsvd.sweep import Run
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 import gfwsvd
 from benchmarks import record, setting
-from gfwsvd.calibration import Statistics, Track, silent
+from gfwsvd.calibration import Statistics
 from gfwsvd.logits import ReferenceLogits
 from gfwsvd.progress import bar
 from gfwsvd.ranks import Candidate
+from gfwsvd.track import Track, silent
 
 LEAST_SHARE = 0.05  # below it some layers have no rank
 MEASURED = {"kl": "KL(dense || compressed)", "loss_increase": "increase of log perplexity"}

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import registration
 from .calibration import Statistics, calibrate
-from .compress import CompressionReport, compress
+from .compress import compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .fuse import fuse
 from .latency import LatencyTable, measure_latency
 from .layers import LowRankLinear
 from .methods import METHODS
+from .outcome import CompressionReport
 from .store import load_statistics, save_statistics
 
 if TYPE_CHECKING:

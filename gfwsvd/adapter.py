@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .calibration import Track, silent
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_output_folder, write_json
 from .layers import LowRankLinear, dense_weight, is_linear, is_transposed, weight_shape
 from .sources import load_model
+from .track import Track, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,5 +1,6 @@
 """Batches of sequences: their parts, and what becomes of those that do not fit into memory or are not finite."""
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -10,6 +11,7 @@ from .errors import GfwsvdError
 from .losses import Batch
 
 Result = TypeVar("Result")
+HELDOUT_SHARE = 16  # one sequence of so many is held out
 
 
 class NotFinite(GfwsvdError):
@@ -35,6 +37,42 @@ def split_rows(batches: Iterable[Batch], most: int, skip: int = 0) -> list[Batch
         for start in range(first, rows, most or rows):
             parts.append({name: value[start : start + (most or rows)] for name, value in batch.items()})
     return parts
+
+
+def hold_out(batches: Sequence[Batch], heldout: int | None, *, whole: bool) -> tuple[list[Batch], list[Batch]]:
+    """The batches without the last `heldout` sequences, and these; with `whole`, no batch is cut, since its rows may
+    belong together."""
+    total = sum(map(num_rows, batches))
+    count = total // HELDOUT_SHARE if heldout is None else heldout
+    if not 0 <= count < total:
+        raise GfwsvdError(f"heldout must be from 0 to less than the {total} sequences there are, got {heldout}")
+    if whole:
+        last = len(batches)
+        while (left := count - num_rows(batches[last - 1])) >= 0:
+            last, count = last - 1, left
+        return list(batches[:last]), list(batches[last:])
+    kept: list[Batch] = []
+    held: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        first = total - count - seen  # of the held-out rows of this batch
+        seen += num_rows(batch)
+        for part, rows in ((kept, slice(0, max(first, 0))), (held, slice(max(first, 0), None))):
+            if num_rows(chosen := {name: value[rows] for name, value in batch.items()}):
+                part.append(chosen)
+    return kept, held
+
+
+def data_sha256(batches: Iterable[Batch]) -> str:
+    """A digest of the names, shapes and values of all tensors of `batches`, whatever their split into batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for row in range(num_rows(batch)):
+            for name in sorted(batch):
+                value = batch[name][row].detach().cpu().contiguous()
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fitted(

@@ -1,7 +1,6 @@
 """Calibration: passes over the data that fill the statistics of every layer, streaming."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranked
-from .batches import fitted, num_rows
+from .batches import data_sha256, fitted, hold_out, num_rows
 from .budget import Collected, layer_groups
 from .checks import check_tokens
 from .errors import GfwsvdError
@@ -22,12 +21,10 @@ from .memory import divided, recomputing
 from .methods import GRADIENTS, INPUTS, KRONECKER
 from .passes import Passes
 from .statistics import LABELS, UNITS, LayerStatistics
-from .track import Track as Track
-from .track import silent as silent
+from .track import Track, silent
 from .work import Work
 
 CLIP = 3.0
-HELDOUT_SHARE = 16  # one sequence of so many is held out
 
 
 @dataclass
@@ -139,7 +136,7 @@ def calibrate(
         if "input_ids" in batch:
             check_tokens(model, batch["input_ids"])
     backward = bool(collect & {GRADIENTS, KRONECKER})
-    batches, heldout_batches = _hold_out(
+    batches, heldout_batches = hold_out(
         batches, heldout if heldout is not None or backward else 0, whole=loss is not None
     )
     settings = {"unit": unit, "labels": labels, "sweeps": sweeps, "tolerance": tolerance, "online": online}
@@ -232,18 +229,6 @@ def about_calibration(
     }
 
 
-def data_sha256(batches: Iterable[Batch]) -> str:
-    """A digest of the names, shapes and values of all tensors of `batches`, whatever their split into batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for row in range(num_rows(batch)):
-            for name in sorted(batch):
-                value = batch[name][row].detach().cpu().contiguous()
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_settings(unit: str, labels: str, sweeps: int, clip: float, tolerance: float = 0.0) -> None:
     """Raises GfwsvdError unless these are settings that `calibrate` takes."""
     if unit not in UNITS:
@@ -256,30 +241,6 @@ def check_settings(unit: str, labels: str, sweeps: int, clip: float, tolerance: 
         raise GfwsvdError(f"clip must be a number of medians, or 0 for no limit, got {clip}")
     if not 0 <= tolerance <= 1:
         raise GfwsvdError(f"tolerance must be the sine of an angle, 0 to 1, got {tolerance}")
-
-
-def _hold_out(batches: Sequence[Batch], heldout: int | None, *, whole: bool) -> tuple[list[Batch], list[Batch]]:
-    """The batches without the last `heldout` sequences, and these; with `whole`, no batch is cut, since its rows may
-    belong together."""
-    total = sum(map(num_rows, batches))
-    count = total // HELDOUT_SHARE if heldout is None else heldout
-    if not 0 <= count < total:
-        raise GfwsvdError(f"heldout must be from 0 to less than the {total} sequences there are, got {heldout}")
-    if whole:
-        last = len(batches)
-        while (left := count - num_rows(batches[last - 1])) >= 0:
-            last, count = last - 1, left
-        return list(batches[:last]), list(batches[last:])
-    kept: list[Batch] = []
-    held: list[Batch] = []
-    seen = 0
-    for batch in batches:
-        first = total - count - seen  # of the held-out rows of this batch
-        seen += num_rows(batch)
-        for part, rows in ((kept, slice(0, max(first, 0))), (held, slice(max(first, 0), None))):
-            if num_rows(chosen := {name: value[rows] for name, value in batch.items()}):
-                part.append(chosen)
-    return kept, held
 
 
 def _check_start(start: Statistics, sizes: Mapping[str, tuple[int, int]]) -> None:

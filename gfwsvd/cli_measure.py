@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, sources
-from .batches import num_rows
-from .calibration import data_sha256
+from .batches import data_sha256, num_rows
 from .checkpoint import inspect as inspect_checkpoint
 from .checks import check_stride
 from .cli_app import app, calibrated_on, check_dtype, given_options, kept_work, mendable, resumable

@@ -4,30 +4,28 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from .bounds import Bound, bounds_of, check_bounds
-from .calibration import CLIP, Batch, Loss, Statistics, Track, about_calibration, calibrate, silent
+from .bounds import check_bounds
+from .calibration import CLIP, Batch, Loss, Statistics, about_calibration, calibrate
 from .errors import GfwsvdError
 from .gains import Fitted, check_gains, fitted_gains, spread
 from .latency import LatencyTable
-from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size, weight_shape
-from .methods import KRONECKER, Method, method_named
-from .outcome import CompressionReport as CompressionReport
-from .outcome import LayerReport as LayerReport
+from .layers import LowRankLinear, dense_weight, find_linears, fingerprint, model_size
+from .methods import method_named
+from .outcome import CompressionReport, layer_report
 from .quantise import check_bits, check_form
 from .ranks import Candidate, Cost, allocate, check_keep, check_ranks, check_storage, why_dense
 from .refine import Refined, check_rounds, refined
-from .solve import Built, Solution, with_gains
+from .solve import with_gains
 from .spread import build_layers, curvatures, solve_layers
-from .statistics import LayerStatistics
+from .subject import blank_candidates, check_dense, checked_linears
+from .track import Track, silent
 from .whiten import check_damping
 from .work import Work
 
 DAMPING = 1e-2
 RANK_MULTIPLE = 8
-_SPECTRUM_POINTS = 64  # of a spectrum in the report
 
 
 def compress(
@@ -114,8 +112,8 @@ def compress(
         raise GfwsvdError(f"a latency table serves global ranks, got {ranks}: leave the table out or the ranks global")
     if latency is not None and bits is not None:
         raise GfwsvdError(f"a latency table has no times of factors in {bits} bits: leave out the table or the bits")
-    _check_dense(model)
-    blanks = _blanks(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
+    check_dense(model)
+    blanks = blank_candidates(model, statistics, exclude, bounds or {}, pivoted=storage == "pivoted")
     for name, blank in blanks.items():
         check_form(f"layer {name}", bits, d_in=blank.d_in, pivoted=blank.pivoted)
     if latency is not None:
@@ -147,7 +145,7 @@ def compress(
             track=track,
         )
     began = time.perf_counter()
-    linears = _checked_linears(model, statistics, row)
+    linears = checked_linears(model, statistics, row)
     spend: dict[str, Any] = {"keep": keep, "ranks": ranks, "rank_multiple": rank_multiple, "cost": cost}
     allocate({name: blanks[name] for name in linears}, **spend)  # what cannot be is refused before the long part
     solutions, factors = solve_layers(
@@ -196,11 +194,19 @@ def compress(
     for name, (layer, _) in layers.items():
         model.set_submodule(name, layer)
     after = model_size(model)
-    reports = [_layer_report(name, solutions[name], layers.get(name), statistics.layers[name], row) for name in linears]
+    reports = [
+        layer_report(
+            name,
+            solutions[name],
+            layers.get(name),
+            statistics.layers[name],
+            row,
+            loss_scale=found.scales.get(name),
+            gains=fitted.gains.get(name),
+        )
+        for name in linears
+    ]
     for report in reports:
-        report.loss_scale = found.scales.get(report.name)
-        if (gain := fitted.gains.get(report.name)) is not None:
-            report.gain = (gain - 1).square().mean().sqrt().item()
         if report.kind == "dense":
             candidate = candidates[report.name]
             report.reason = why_dense(candidate, keep=keep, rank_multiple=rank_multiple, cost=cost)
@@ -254,7 +260,7 @@ def about_work(
     Raises:
         GfwsvdError: for a model without linear layers, or with low-rank ones.
     """
-    _check_dense(model)
+    check_dense(model)
     if statistics is None:
         return about_calibration(model, list(batches), **settings)
     linears = find_linears(model)
@@ -265,85 +271,3 @@ def about_work(
         "calibration": statistics.settings,
         **settings,
     }
-
-
-def _check_dense(model: nn.Module) -> None:
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
-        raise GfwsvdError("the model has low-rank layers already; expected a dense one: compress the original again")
-
-
-def _blanks(
-    model: nn.Module,
-    statistics: Statistics | None,
-    exclude: Iterable[str],
-    bounds: Mapping[str, tuple[float, float]],
-    *,
-    pivoted: bool,
-) -> dict[str, Candidate]:
-    """The layers that will be compressed, before anything is computed: their spectra are zero."""
-    if statistics is None:
-        shapes = {name: weight_shape(module) for name, module in find_linears(model, exclude=exclude).items()}
-    else:
-        shapes = {name: (stats.d_out, stats.d_in) for name, stats in statistics.layers.items()}
-    limits = bounds_of(shapes, bounds)
-    return {name: Candidate(*shape, torch.zeros(min(shape)), pivoted, limits[name]) for name, shape in shapes.items()}
-
-
-def _checked_linears(model: nn.Module, statistics: Statistics, row: Method) -> dict[str, nn.Module]:
-    """The model's layers that the statistics are about; GfwsvdError unless they fit each other and the method."""
-    missing = row.needs - statistics.collected
-    if missing:
-        raise GfwsvdError(
-            f"method {row.name} needs the statistics {', '.join(sorted(row.needs))}; these hold "
-            f"{', '.join(sorted(statistics.collected)) or 'none'}: calibrate again"
-        )
-    linears = find_linears(model)
-    advice = "the statistics belong to another model; calibrate this one"
-    for name, stats in statistics.layers.items():
-        found = weight_shape(linears[name]) if name in linears else "no linear layer"
-        if found != (stats.d_out, stats.d_in):
-            raise GfwsvdError(
-                f"expected a layer {name} of weight {(stats.d_out, stats.d_in)}, the model has {found} there: {advice}"
-            )
-    linears = {name: linears[name] for name in statistics.layers}
-    if fingerprint(linears) != statistics.model_sha256:
-        raise GfwsvdError(f"the model's weights are not those that were calibrated, or rounded to float16: {advice}")
-    return linears
-
-
-def _layer_report(
-    name: str,
-    solution: Solution,
-    chosen: Built | None,
-    stats: LayerStatistics,
-    row: Method,
-) -> LayerReport:
-    candidate, spectrum = solution.candidate, solution.candidate.spectrum
-    points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
-    kronecker = KRONECKER in row.needs
-    layer, rounding = chosen or (None, None)
-    reason = ""
-    if layer is not None and candidate.pivoted and layer.kind == "lowrank":
-        few = not candidate.pivots(layer.rank)
-        reason = "two factors: " + (
-            "smaller at so low a rank" if few else "pivoted, rounding would lose more than it saves"
-        )
-    return LayerReport(
-        name=name,
-        kind="dense" if layer is None else layer.kind,
-        d_in=candidate.d_in,
-        d_out=candidate.d_out,
-        rank=None if layer is None else layer.rank,
-        bits=None if layer is None else layer.bits,
-        stored=candidate.dense if layer is None else layer.stored,
-        dense=candidate.dense,
-        predicted_loss=0.0 if layer is None else candidate.tails()[layer.rank].item(),
-        rounding_loss=rounding,
-        convergence=stats.convergence[-1] if kronecker else None,
-        kronecker_residual=stats.kronecker_residual if kronecker else None,
-        reason=reason,
-        bound=None if candidate.bound == Bound() else list(candidate.bound),
-        spectrum=spectrum[points].tolist(),
-        spectrum_index=points.tolist(),
-        **solution.soundness,
-    )

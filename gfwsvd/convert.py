@@ -11,18 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .calibration import Track, silent
 from .checkpoint import checkpoint_files
-from .compress import CompressionReport, LayerReport
 from .errors import GfwsvdError
 from .folders import atomic_folder, check_output_folder, read_headers
 from .hf import GfwsvdQuantizer, save_pretrained, write_model
 from .layers import LowRankLinear, dense_weight, find_linears, is_linear, is_transposed, model_size
 from .layouts import LAYOUTS, Factors, check_numbers, find_layout, read_layers
-from .outcome import read_report
+from .outcome import CompressionReport, LayerReport, read_report
 from .pivot import Pivoted
 from .quantise import check_bits, check_form
 from .sources import load_model
+from .track import Track, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Track, data_sha256, silent
+from .batches import data_sha256
 from .checks import check_causal, check_stride
 from .errors import GfwsvdError
 from .layers import model_device, model_sha256
 from .logits import CachedLogits, LogitsSource, ReferenceLogits, check_windows, evaluating
 from .losses import CHUNK_LOGITS, log_softmax
+from .track import Track, silent
 from .work import Work
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .compress import CompressionReport, LayerReport
+from .outcome import CompressionReport, LayerReport
 from .sweep import marks
 
 # Drawn in these, then renamed to what the page's style defines: the series, the text and lines, and the grid.

@@ -8,7 +8,8 @@ from functools import cache
 
 import torch
 
-from .calibration import CLIP, HELDOUT_SHARE
+from .batches import HELDOUT_SHARE
+from .calibration import CLIP
 from .calibration import check_settings as check_calibration
 from .effort import NO_SPECTRUM, Ranks, Shape
 from .gains import HELDOUT_TOKENS as JUDGED_TOKENS

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import num_rows, num_tokens, split_rows
-from .calibration import data_sha256
+from .batches import data_sha256, num_rows, num_tokens, split_rows
 from .errors import GfwsvdError
 from .joint import See, first_tokens, measured, placed
 from .layers import LowRankLinear

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Track, silent
 from .errors import GfwsvdError
 from .folders import check_seal, read_json, sealed, write_text
 from .layers import LowRankLinear, dense_weight, find_linears, weight_shape
 from .ranks import Candidate, stored
+from .track import Track, silent
 
 LATENCY_VERSION = 1
 STEP = 64

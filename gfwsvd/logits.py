@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Track, silent
 from .checks import check_causal, check_tokens
 from .errors import GfwsvdError
 from .layers import model_device
+from .track import Track, silent
 
 _PROBE_TOKENS = 128  # of the first window, on which logits from hidden states are compared with the model's own
 

@@ -6,11 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .calibration import HELDOUT_SHARE
+import torch
+from torch import Tensor
+
+from .batches import HELDOUT_SHARE
+from .bounds import Bound
 from .checkpoint import MANIFEST, read_manifest
 from .errors import GfwsvdError
-from .methods import METHODS
+from .methods import KRONECKER, METHODS, Method
+from .solve import Built, Solution
+from .statistics import LayerStatistics
 
+_SPECTRUM_POINTS = 64  # of a spectrum in the report
 _DERIVED = ("metrics", "unjudged")  # what the JSON of a report says beside its fields
 
 
@@ -141,6 +148,56 @@ class CompressionReport:
             return cls(**{**fields, "layers": [LayerReport(**layer) for layer in values["layers"]]})
         except (KeyError, TypeError) as error:
             raise GfwsvdError(f"not a compression report of this version of gfwsvd: {error}") from error
+
+
+def layer_report(
+    name: str,
+    solution: Solution,
+    chosen: Built | None,
+    stats: LayerStatistics,
+    row: Method,
+    *,
+    loss_scale: float | None,
+    gains: Tensor | None,
+) -> LayerReport:
+    """The report of one layer.
+
+    Args:
+        chosen: the low-rank layer and its rounding loss; None where it stays dense, whose reason is the caller's.
+        loss_scale: of its predicted losses after rounds; None without.
+        gains: of its outputs, (d_out,); None without.
+    """
+    candidate, spectrum = solution.candidate, solution.candidate.spectrum
+    points = torch.linspace(0, len(spectrum) - 1, min(_SPECTRUM_POINTS, len(spectrum))).round().long().unique()
+    kronecker = KRONECKER in row.needs
+    layer, rounding = chosen or (None, None)
+    reason = ""
+    if layer is not None and candidate.pivoted and layer.kind == "lowrank":
+        few = not candidate.pivots(layer.rank)
+        reason = "two factors: " + (
+            "smaller at so low a rank" if few else "pivoted, rounding would lose more than it saves"
+        )
+    return LayerReport(
+        name=name,
+        kind="dense" if layer is None else layer.kind,
+        d_in=candidate.d_in,
+        d_out=candidate.d_out,
+        rank=None if layer is None else layer.rank,
+        bits=None if layer is None else layer.bits,
+        stored=candidate.dense if layer is None else layer.stored,
+        dense=candidate.dense,
+        predicted_loss=0.0 if layer is None else candidate.tails()[layer.rank].item(),
+        rounding_loss=rounding,
+        convergence=stats.convergence[-1] if kronecker else None,
+        kronecker_residual=stats.kronecker_residual if kronecker else None,
+        reason=reason,
+        bound=None if candidate.bound == Bound() else list(candidate.bound),
+        spectrum=spectrum[points].tolist(),
+        spectrum_index=points.tolist(),
+        loss_scale=loss_scale,
+        gain=None if gains is None else (gains - 1).square().mean().sqrt().item(),
+        **solution.soundness,
+    )
 
 
 def read_report(folder: Path) -> CompressionReport:

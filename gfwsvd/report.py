@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .compress import CompressionReport, LayerReport
 from .errors import GfwsvdError
 from .figures import diagnostics, perplexity_by_size, predicted_losses, spectra, stored_share, stored_shares
 from .folders import write_text
+from .outcome import CompressionReport, LayerReport
 
 _OPEN_REPORTS = 3  # with more, each is folded away until it is clicked
 _LIGHT = "#1d4ed8 #b45309 #15803d #9333ea #dc2626 #0e7490 #854d0e #475569".split()

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Statistics, Track
+from .calibration import Statistics
 from .gains import half_curvature
 from .layers import LowRankLinear, layer_device, weight_shape
 from .methods import Method
 from .ranked import gathered, owners, rank, send, share, shared_errors
 from .ranks import Candidate, Cost
 from .solve import Built, Factors, Roots, Solution, blank_layer, low_rank, metrics_of, roots_of, solve
+from .track import Track
 from .whiten import batch_size
 
 

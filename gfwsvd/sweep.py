@@ -14,15 +14,17 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .calibration import Batch, Statistics, Track, silent
-from .compress import DAMPING, CompressionReport, compress
+from .calibration import Batch, Statistics
+from .compress import DAMPING, compress
 from .errors import GfwsvdError
 from .evaluate import evaluate
 from .gains import check_gains
 from .logits import ReferenceLogits
 from .methods import method_named
+from .outcome import CompressionReport
 from .ranks import check_keep, check_ranks, check_storage
 from .refine import check_rounds, takes_rounds
+from .track import Track, silent
 
 
 @dataclass(frozen=True)

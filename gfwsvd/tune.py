@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .calibration import Track, data_sha256, silent
+from .batches import data_sha256
 from .checks import check_causal
 from .errors import GfwsvdError
 from .evaluate import Evaluation, evaluate
@@ -31,6 +31,7 @@ from .layers import LowRankLinear, model_device, model_sha256
 from .logits import LogitsSource, ReferenceLogits, check_windows
 from .losses import CHUNK_LOGITS
 from .sources import quiet, token_batches, windows
+from .track import Track, silent
 from .work import Claim, open_work
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from calibrations import assert_same, cross_entropy, in_batches
 from torch import nn
 
 from gfwsvd import collector, kronecker
-from gfwsvd.calibration import calibrate, data_sha256
+from gfwsvd.batches import data_sha256
+from gfwsvd.calibration import calibrate
 from gfwsvd.errors import GfwsvdError
 from tiny_models import random_tokens, tiny_model
 

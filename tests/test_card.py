@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from gfwsvd.card import licence_of, model_card
-from gfwsvd.compress import CompressionReport, compress
+from gfwsvd.compress import compress
 from gfwsvd.hf import save_pretrained
+from gfwsvd.outcome import CompressionReport
 from tiny_models import random_tokens, tiny_model
 
 transformers = pytest.importorskip("transformers")

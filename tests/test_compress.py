@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from gfwsvd.calibration import calibrate, silent
-from gfwsvd.compress import CompressionReport, compress
+from gfwsvd.calibration import calibrate
+from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.latency import LatencyTable
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears, fingerprint
 from gfwsvd.methods import METHODS
 from gfwsvd.metrics import objective
+from gfwsvd.outcome import CompressionReport
 from gfwsvd.ranks import RANKS, STORAGE
+from gfwsvd.track import silent
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 compress_module = sys.modules["gfwsvd.compress"]  # the package exports the function under the same name

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from gfwsvd.calibration import Statistics, calibrate
 from gfwsvd.cli import app
-from gfwsvd.compress import CompressionReport, about_work, compress
+from gfwsvd.compress import about_work, compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.guard import judged_decomposition
+from gfwsvd.outcome import CompressionReport
 from gfwsvd.store import load_statistics, save_statistics
 from gfwsvd.work import open_work
 from processes import start

@@ -9,7 +9,7 @@ import torch
 from oracles import Reweighted, psd, symmetric
 
 from gfwsvd import gains
-from gfwsvd.calibration import calibrate, silent
+from gfwsvd.calibration import calibrate
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.gains import HELDOUT_TOKENS, STEP_TOKENS, fitted_gains, half_curvature, output_slopes
@@ -18,6 +18,7 @@ from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
 from gfwsvd.losses import divergence, next_token_loss
 from gfwsvd.methods import METHODS
 from gfwsvd.metrics import objective
+from gfwsvd.track import silent
 from gfwsvd.work import open_work
 from tiny_models import cut, random_tokens, tiny_model
 

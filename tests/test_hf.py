@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gfwsvd.compress import CompressionReport, LayerReport, compress
+from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.hf import inspect, save_pretrained
 from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
+from gfwsvd.outcome import CompressionReport, LayerReport
 from gfwsvd.pivot import pivoted
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 

@@ -9,7 +9,6 @@ from test_passes import Live
 from torch.utils.flop_counter import FlopCounterMode
 
 from gfwsvd import calibrate, compress, joint, save_pretrained, save_statistics, whiten
-from gfwsvd.calibration import silent
 from gfwsvd.collecting import collection
 from gfwsvd.effort import Shape, flops, model_pass
 from gfwsvd.footprint import (
@@ -34,6 +33,7 @@ from gfwsvd.refine import refined
 from gfwsvd.skeleton import shape_of
 from gfwsvd.spread import solve_layers
 from gfwsvd.statistics import LayerStatistics
+from gfwsvd.track import silent
 from gfwsvd.work import open_work
 from gfwsvd_kernels import reference
 from tiny_models import CAUSAL_KINDS, random_tokens, tiny_model

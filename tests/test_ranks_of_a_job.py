@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gfwsvd import ranked, whiten
-from gfwsvd.calibration import calibrate, silent
+from gfwsvd.calibration import calibrate
 from gfwsvd.cli import app
 from gfwsvd.compress import about_work, compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.ranked import joined, owners, rank
 from gfwsvd.store import load_statistics, save_statistics
+from gfwsvd.track import silent
 from gfwsvd.work import open_work
 from processes import exit_codes, start, start_job
 from tiny_models import random_tokens, tiny_model, tiny_workspace

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import Reweighted
 
-from gfwsvd.calibration import calibrate, silent
+from gfwsvd.calibration import calibrate
 from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.joint import measured
@@ -17,6 +17,7 @@ from gfwsvd.layers import LowRankLinear, dense_weight, find_linears
 from gfwsvd.losses import next_token_loss
 from gfwsvd.ranks import Candidate
 from gfwsvd.refine import LIMIT, ROUND_TOKENS, STEP, error_costs, refined, rescaled
+from gfwsvd.track import silent
 from tiny_models import cut, random_tokens, tiny_model
 
 BATCHES = [{"input_ids": part} for part in random_tokens(16, 12).split(4)]

@@ -12,9 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from gfwsvd import figures
-from gfwsvd.compress import CompressionReport, LayerReport
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.figures import layers_by_kind, perplexity_by_size, stored_share
+from gfwsvd.outcome import CompressionReport, LayerReport
 from gfwsvd.report import write_report
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")

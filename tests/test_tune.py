@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from gfwsvd.checkpoint import inspect
 from gfwsvd.cli import app
-from gfwsvd.compress import CompressionReport, compress
+from gfwsvd.compress import compress
 from gfwsvd.errors import GfwsvdError
 from gfwsvd.hf import save_pretrained
 from gfwsvd.layers import LowRankLinear
+from gfwsvd.outcome import CompressionReport
 from gfwsvd.sources import load_model
 from gfwsvd.tune import _Student, training_tokens, tune
 from tiny_models import VOCABULARY, random_tokens, tiny_model, word_tokenizer
