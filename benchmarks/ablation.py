@@ -235,7 +235,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         if row.get("study") in studies:
             lines.setdefault(row["step"], {})[row["keep"]] = row["perplexity"]
-    points = {step: list(line.items()) for step, line in lines.items() if len(line) >= 3}
+    names = {"+ guard": "gfwsvd, global, pivoted, guard (default)"}
+    points = {names.get(step, step): list(line.items()) for step, line in lines.items() if len(line) >= 3}
     dense = frontier.dense_of(rows)
     title = f"{dense['model'].partition('.')[0]}, {dense['windows'][0]} windows of {dense['evaluation']}"
     frontier.plot({title: (dense["perplexity"], points)}, path, ylabel="perplexity", yscale="log")

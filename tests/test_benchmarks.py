@@ -84,7 +84,7 @@ def test_the_ablation_takes_every_step_of_every_study_once(workspace, tmp_path, 
     assert record.read(results) == rows
     ((ratio, lines),) = drawn.values()
     assert ratio == rows[0]["perplexity"] and set(lines) == {
-        "svd_llm", "kfac, global, pivoted", "+ guard", "gfwsvd + 2 rounds + gains"
+        "svd_llm", "kfac, global, pivoted", "gfwsvd, global, pivoted, guard (default)", "gfwsvd + 2 rounds + gains"
     }  # fmt: skip
     assert all([keep for keep, _ in sorted(points)] == [0.5, 0.6, 0.7, 0.8, 0.9] for points in lines.values())
     some = tmp_path / "some.jsonl"
